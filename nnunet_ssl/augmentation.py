@@ -1,0 +1,73 @@
+"""nnU-Net's choices for augmentation, and how hyper-parameters change them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.hyperparameters import HyperParameters
+from nnunet_ssl.label_names import labels_that_name_sides
+
+# nnU-Net enlarges the patch it cuts out by these, whatever range it scales by.
+_NNUNET_SCALE_RANGE = (0.85, 1.25)
+
+
+class Augmentation(NamedTuple):
+    """What nnU-Net's trainer asks for, in its order.
+
+    rotation: range in radians; slice_by_slice: whether 3D patches are augmented as 2D slices; initial_patch_size:
+    what is cut out before rotating, in voxels; mirror_axes: spatial axes, None for none.
+    """
+
+    rotation: tuple[float, float]
+    slice_by_slice: bool
+    initial_patch_size: Sequence[int]
+    mirror_axes: tuple[int, ...] | None
+
+
+def adjust(stock: Augmentation, hp: HyperParameters, patch_size: Sequence[int]) -> Augmentation:
+    """Replace rotation range and mirroring axes by those of the hyper-parameters, where they are set.
+
+    Args:
+        stock: nnU-Net's choices.
+        hp: Hyper-parameters.
+        patch_size: In voxels.
+
+    Raises:
+        UserError: For a mirroring axis that the patch does not have.
+    """
+    adjusted = stock
+    if hp.rotation_degrees is not None:
+        angle = float(np.deg2rad(hp.rotation_degrees))
+        rotation = (-angle, angle)
+        size = get_patch_size(patch_size, rotation, rotation, rotation, _NNUNET_SCALE_RANGE)
+        if stock.slice_by_slice:
+            size[0] = patch_size[0]
+        adjusted = adjusted._replace(rotation=rotation, initial_patch_size=size)
+    if hp.mirror_axes is not None:
+        if any(axis >= len(patch_size) for axis in hp.mirror_axes):
+            raise UserError(
+                f"mirror_axes is {list(hp.mirror_axes)}, but the patches have the axes "
+                f"{list(range(len(patch_size)))} only."
+            )
+        # nnU-Net's predictor takes None, not an empty list, for "no mirroring".
+        adjusted = adjusted._replace(mirror_axes=hp.mirror_axes or None)
+    return adjusted
+
+
+def warning_about_sides(labels: Iterable[str], augmentation: Augmentation) -> str:
+    """A warning where label names tell left from right and augmentation does not; empty otherwise."""
+    sided = labels_that_name_sides(labels)
+    degrees = float(np.rad2deg(max(np.abs(augmentation.rotation))))
+    if not sided or (not augmentation.mirror_axes and degrees <= 90):
+        return ""
+    return (
+        f"WARNING: the labels {', '.join(sided)} tell left from right, but augmentation mirrors along axes "
+        f"{list(augmentation.mirror_axes or ())} and rotates by up to {degrees:.0f} degrees. Unlabeled images cannot "
+        f"repair what that destroys. Consider 'nnunet-ssl configure ... --set mirror_axes=[] --set "
+        f"rotation_degrees=15' for all trainers you compare."
+    )

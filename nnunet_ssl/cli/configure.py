@@ -1,0 +1,96 @@
+"""Write a plans file with hyper-parameters for our trainers, and with a smaller network if asked for.
+
+nnU-Net keeps the results of each plans name apart and saves the plans with the model, so every run says what it ran
+with. Use the same plans file for all trainers of a comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("-d", dest="dataset", required=True, metavar="DATASET", help="data set, number or name")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="plans to start from")
+    parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the new plans")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a hyper-parameter; values as in JSON, e.g. num_epochs=20, mirror_axes=[], interpolation=nearest. "
+        "'nnunet-ssl trainers TRAINER' lists them",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the plans of that name")
+    small = parser.add_argument_group("a smaller network (for CPUs and quick experiments)")
+    small.add_argument("-c", dest="configuration", metavar="CONFIGURATION", help="the configuration to change")
+    small.add_argument(
+        "--downscale", type=float, default=1.0, metavar="X", help="coarser voxels; run nnUNetv2_preprocess afterwards"
+    )
+    small.add_argument("--patch-size", type=int, nargs="+", metavar="N", help="patch, in voxels")
+    small.add_argument("--batch-size", type=int, metavar="N", help="batch size")
+    small.add_argument("--base-features", type=int, metavar="N", help="features of the first stage")
+    small.add_argument("--max-features", type=int, metavar="N", help="upper bound on the features of a stage")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the file and say what to run next."""
+    from nnunet_ssl.errors import UserError
+    from nnunet_ssl.files import write_atomically
+    from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_variables
+    from nnunet_ssl.plans import shrink, with_hyperparameters
+
+    (preprocessed,) = require_variables("nnUNet_preprocessed")
+    name = dataset_name(arguments.dataset)
+    file = preprocessed / name / f"{arguments.output}.json"
+    if file.exists() and not arguments.overwrite:
+        raise UserError(f"{file} exists already. Choose another name, or add --overwrite.")
+    plans = with_hyperparameters(
+        read_plans(preprocessed / name, arguments.plans), arguments.output, parse_settings(arguments.settings)
+    )
+    sizes = (arguments.patch_size, arguments.batch_size, arguments.base_features, arguments.max_features)
+    if arguments.configuration is not None:
+        plans = shrink(
+            plans,
+            arguments.configuration,
+            downscale=arguments.downscale,
+            patch_size=arguments.patch_size,
+            batch_size=arguments.batch_size,
+            base_features=arguments.base_features,
+            max_features=arguments.max_features,
+        )
+    elif arguments.downscale != 1 or any(size is not None for size in sizes):
+        raise UserError("Name the configuration to make smaller with -c, e.g. -c 2d.")
+    write_atomically(str(file), json.dumps(plans, indent=4).encode())
+    print(f"Written to {file}; train with -p {arguments.output}")
+    if arguments.downscale > 1:
+        command = f"nnUNetv2_preprocess -d {name} -c {arguments.configuration} -plans_name {arguments.output}"
+        print(f"Preprocess first: {command}")
+    return 0
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """``["num_epochs=20", "interpolation=nearest"]`` to checked names and values.
+
+    Raises:
+        UserError: For a setting without "=", an unknown name or an ill-typed value.
+    """
+    from nnunet_ssl.errors import UserError
+    from nnunet_ssl.hyperparameters import PLANS_KEY, HyperParameters
+    from nnunet_ssl.methods import TRAINERS
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting!r}: expected NAME=VALUE.")
+        try:
+            values[name.strip()] = json.loads(text)
+        except ValueError:
+            values[name.strip()] = text
+    HyperParameters.from_plans({PLANS_KEY: values}, [t.hyperparameters_class for t in TRAINERS])
+    return values

@@ -1,0 +1,47 @@
+"""Append folds to splits_final.json in which only some training cases keep their labels.
+
+Stock nnU-Net trains such a fold on its labeled cases alone, which makes it the fair baseline. Larger labeled sets
+contain the smaller ones of the same base fold, the validation cases stay those of the base fold, and no fold that
+exists is ever changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("-d", dest="dataset", required=True, metavar="DATASET", help="data set, number or name")
+    parser.add_argument("--labeled", type=int, nargs="+", required=True, metavar="N", help="cases that keep labels")
+    parser.add_argument(
+        "--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="F", help="folds to draw from (default 0 to 4)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the folds and print a table of them."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    from nnunet_ssl.nnunet_folders import dataset_name, read_json, require_variables
+    from nnunet_ssl.splits import hide_labels, load_or_make_splits, write_splits
+
+    raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
+    name = dataset_name(arguments.dataset)
+    folder = preprocessed / name
+    dataset_json = read_json(folder / "dataset.json", "Run nnUNetv2_plan_and_preprocess first.")
+    identifiers = list(get_filenames_of_train_images_and_targets(str(raw / name), dataset_json))
+    splits_file = folder / "splits_final.json"
+    splits = load_or_make_splits(str(splits_file), identifiers)
+    new = hide_labels(splits, arguments.folds, sorted(set(arguments.labeled)), arguments.seed)
+    write_splits(str(splits_file), [*splits, *(fold.split for fold in new)])
+    print(f"{'fold':>5} {'from fold':>10} {'labeled':>8} {'unlabeled':>10} {'validation':>11}")
+    for fold in new:
+        parts = fold.split
+        print(
+            f"{fold.number:>5} {fold.base_fold:>10} {len(parts['train']):>8} {len(parts['unlabeled']):>10} "
+            f"{len(parts['val']):>11}"
+        )
+    print(f"Written to {splits_file}")
+    return 0

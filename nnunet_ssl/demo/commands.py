@@ -1,0 +1,82 @@
+"""Run nnU-Net's and our commands one after the other, with progress, logs and errors that say where to look."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers_folder import trainers_folder
+
+_EPOCH = re.compile(r"Epoch (\d+)\b")
+
+
+class Commands:
+    """Runs commands in an environment of their own.
+
+    Args:
+        folder: Holds nnU-Net's three folders and the logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.environment = {
+            **os.environ,
+            "nnUNet_raw": str(folder / "nnUNet_raw"),
+            "nnUNet_preprocessed": str(folder / "nnUNet_preprocessed"),
+            "nnUNet_results": str(folder / "nnUNet_results"),
+            "nnUNet_extTrainer": str(trainers_folder()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        # A worker more than cores only gets in the way.
+        self.environment.setdefault("nnUNet_n_proc_DA", str(max(1, min(4, (os.cpu_count() or 2) // 2))))
+        self.environment.setdefault("nnUNet_def_n_proc", str(min(4, os.cpu_count() or 2)))
+
+    def run(self, *words: str, epochs: int = 0) -> None:
+        """Run one command and show how long it took; with ``epochs``, how far a training is.
+
+        Raises:
+            UserError: If the command fails, with the end of its output.
+        """
+        print("$ " + " ".join(words), flush=True)
+        log = self.logs / f"{len(list(self.logs.iterdir())):02d}_{words[0]}.txt"
+        # The commands of the environment this runs in, whether it is activated or not.
+        script = Path(sys.executable).with_name(words[0])
+        start = time.monotonic()
+        tail: deque[str] = deque(maxlen=25)
+        with (
+            open(log, "w") as file,
+            subprocess.Popen(
+                [str(script), *words[1:]],
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as process,
+        ):
+            for line in process.stdout or ():
+                file.write(line)
+                tail.append(line)
+                match = _EPOCH.search(line)
+                if epochs and match:
+                    _show(f"    epoch {int(match[1]) + 1} of {epochs}, {time.monotonic() - start:.0f} s")
+        if process.returncode != 0:
+            raise UserError(
+                f"{words[0]} failed (status {process.returncode}); its output is in {log}:\n{''.join(tail)}"
+            )
+        _show(f"    {time.monotonic() - start:.0f} s\n")
+
+
+def _show(text: str) -> None:
+    # On a terminal the line is rewritten; in a log file every epoch gets its own.
+    if sys.stdout.isatty():
+        print(f"\r{text:40}", end="", flush=True)
+    else:
+        print(text.rstrip("\n"), flush=True)

@@ -1,0 +1,149 @@
+"""Consistency under elastic transformations: SupTC, SemiTC and SemiTC+.
+
+Bortsova, Dubost, Hogeweg, Katramados, de Bruijne: "Semi-supervised medical image segmentation via learning
+consistency under transformations", MICCAI 2019.
+
+Departures from the paper: nnU-Net's loss, optimizer and augmentation instead of soft IoU, Adadelta and none (the
+paper's loss is an option); linear instead of nearest interpolation of predictions (an option too); the field is
+declared relative to the patch and made so that it cannot fold; voxels whose counterpart lies outside the patch do not
+count; both stages of the paper's schedule run in one training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor
+
+from nnunet_ssl.hyperparameters import HyperParameters, parameter
+from nnunet_ssl.losses import SoftIoULoss, probabilities, soft_iou_loss
+from nnunet_ssl.schedules import gaussian_ramp
+from nnunet_ssl.spatial import align_displacements, inside_mask, sample_displacement, warp
+from nnunet_ssl.trainer import LossTerm, SemiSupervisedTrainer
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformationConsistencyParameters(HyperParameters):
+    """Hyper-parameters of the elastic-equivariance Siamese network."""
+
+    supervised_fraction: float = parameter(
+        0.5, "fraction of the epochs trained on labels alone, before the consistency term", minimum=0.0, maximum=1.0
+    )
+    consistency_weight: float = parameter(1.0, "weight lambda of the consistency term", minimum=0.0)
+    consistency_ramp: float = parameter(
+        0.0, "fraction of stage 2 over which the weight rises from 0; 0 for at once", minimum=0.0, maximum=1.0
+    )
+    smoothness: float = parameter(
+        0.1, "sigma of the Gaussian that smooths the displacement", "fraction of the patch side", minimum=0.01
+    )
+    displacement_std: float = parameter(
+        0.02, "standard deviation of the displacement, per axis", "fraction of the patch side", minimum=0.0
+    )
+    identity_probability: float = parameter(
+        0.5, "how often a transform is the identity, per example and branch", minimum=0.0, maximum=1.0
+    )
+    interpolation: str = parameter(
+        "linear", "how predictions are aligned; nearest is the paper's layer", choices=("linear", "nearest")
+    )
+    supervised_loss: str = parameter(
+        "nnunet", "nnunet: cross-entropy and Dice; soft_iou: the paper's", choices=("nnunet", "soft_iou")
+    )
+
+
+class nnUNetTrainerSupTC(SemiSupervisedTrainer):
+    """Supervised training with the consistency term on the labeled cases."""
+
+    hyperparameters_class: ClassVar[type[HyperParameters]] = TransformationConsistencyParameters
+    term_names: ClassVar[tuple[str, ...]] = ("supervised", "consistency")
+
+    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
+        """S on both branches, and in stage 2 lambda C over labeled and unlabeled examples alike."""
+        data, target = labeled["data"], labeled["target"]
+        num_labeled = len(data)
+        if unlabeled is not None:
+            data = torch.cat([data, unlabeled["data"]])
+        u1, u2 = self.draw_displacement(data), self.draw_displacement(data)
+        outputs = self.network(torch.cat([warp(data, u1), warp(data, u2)]))
+        branch_1, branch_2 = _split(outputs, len(data))
+
+        losses = [
+            self.supervised_loss(_first(branch, num_labeled), _warp_target(target, u[:num_labeled]))
+            for branch, u in ((branch_1, u1), (branch_2, u2))
+        ]
+        terms = {"supervised": LossTerm((losses[0] + losses[1]) / 2, 1.0)}
+        if self.in_second_stage:
+            weight = self.hp.consistency_weight * gaussian_ramp(self.stage_progress, self.hp.consistency_ramp)
+            consistency = self.consistency(_full_resolution(branch_1), _full_resolution(branch_2), u1, u2)
+            terms["consistency"] = LossTerm(consistency, weight)
+        return terms
+
+    def draw_displacement(self, data: Tensor) -> Tensor:
+        """One branch's transforms t of a batch (B, C, *S): displacements (B, D, *S) in voxels."""
+        batch_size, spatial_shape = len(data), data.shape[2:]
+        displacement = sample_displacement(
+            batch_size,
+            spatial_shape,
+            smoothness=self.hp.smoothness,
+            displacement_std=self.hp.displacement_std,
+            generator=self.generator,
+            fixed_axes=(0,) if self.augments_slice_by_slice else (),
+            device=data.device,
+        )
+        moved = torch.rand(batch_size, generator=self.generator, device=self.generator.device)
+        moved = (moved >= self.hp.identity_probability).to(data.device)
+        return displacement * moved.view(-1, *[1] * (displacement.ndim - 1))
+
+    def consistency(self, logits_1: Tensor, logits_2: Tensor, u1: Tensor, u2: Tensor) -> Tensor:
+        """C: soft IoU loss between prediction 1, brought into the frame of branch 2, and prediction 2.
+
+        Args:
+            logits_1: (B, K, *S), of the images warped by u1.
+            logits_2: (B, K, *S), of the images warped by u2.
+            u1: (B, D, *S), in voxels.
+            u2: (B, D, *S), in voxels.
+        """
+        regions = self.label_manager.has_regions
+        p1, p2 = probabilities(logits_1, regions), probabilities(logits_2, regions)
+        alignment = align_displacements(u1, u2)
+        return soft_iou_loss(warp(p1, alignment, self.hp.interpolation), p2, inside_mask(alignment))
+
+    def _build_loss(self) -> torch.nn.Module:
+        loss = super()._build_loss()
+        if self.hp.supervised_loss == "nnunet":
+            return loss
+        soft_iou = SoftIoULoss(self.label_manager.has_regions, self.label_manager.ignore_label)
+        return DeepSupervisionWrapper(soft_iou, loss.weight_factors) if self.enable_deep_supervision else soft_iou
+
+
+class nnUNetTrainerSemiTC(nnUNetTrainerSupTC):
+    """Half of each batch labeled, half unlabeled; the consistency term on both."""
+
+    uses_unlabeled: ClassVar[bool] = True
+
+
+class nnUNetTrainerSemiTCPlus(nnUNetTrainerSemiTC):
+    """SemiTC+, transductive: the images of the fold's validation cases and of imagesTs are unlabeled cases too."""
+
+    transductive: ClassVar[bool] = True
+
+
+def _split(outputs: Any, size: int) -> tuple[Any, Any]:
+    """The two branches of a joint forward pass, each as the network returns it."""
+    if isinstance(outputs, (list, tuple)):
+        return [o[:size] for o in outputs], [o[size:] for o in outputs]
+    return outputs[:size], outputs[size:]
+
+
+def _first(outputs: Any, size: int) -> Any:
+    return [o[:size] for o in outputs] if isinstance(outputs, list) else outputs[:size]
+
+
+def _full_resolution(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, list) else outputs
+
+
+def _warp_target(target: Tensor, displacement: Tensor) -> Tensor:
+    return warp(target, displacement, "nearest")

@@ -1,0 +1,103 @@
+"""Derive a plans file from another one: hyper-parameters in the block "ssl", and smaller networks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.hyperparameters import PLANS_KEY
+
+# InstanceNorm needs more than one voxel per channel; nnU-Net plans no bottleneck smaller than this either.
+SMALLEST_BOTTLENECK = 4
+
+
+def with_hyperparameters(plans: Mapping[str, Any], name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the plans under a new name, with hyper-parameters added to those it has."""
+    derived = copy.deepcopy(dict(plans))
+    derived["plans_name"] = name
+    derived[PLANS_KEY] = {**derived.get(PLANS_KEY, {}), **values}
+    return derived
+
+
+def shrink(
+    plans: Mapping[str, Any],
+    configuration: str,
+    *,
+    downscale: float = 1.0,
+    patch_size: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    base_features: int | None = None,
+    max_features: int | None = None,
+) -> dict[str, Any]:
+    """A copy of the plans with one configuration made smaller.
+
+    A downscaled configuration gets a preprocessed folder of its own, so nnUNetv2_preprocess must run for it.
+
+    Args:
+        plans: nnU-Net's plans, already under their new name.
+        configuration: Which one to change.
+        downscale: Factor on the spacing; 4 turns 512 pixels into 128.
+        patch_size: New patch, in voxels; by default the old one divided by ``downscale``. Rounded up to what the
+            network's strides divide.
+        batch_size: New batch size.
+        base_features: Features of the first stage, doubled from stage to stage.
+        max_features: Upper bound on the features of a stage.
+
+    Raises:
+        UserError: For an unknown configuration or sizes that leave no network.
+    """
+    derived = copy.deepcopy(dict(plans))
+    if configuration not in derived["configurations"]:
+        raise UserError(
+            f"The plans have no configuration {configuration}; they have {sorted(derived['configurations'])}."
+        )
+    settings = derived["configurations"][configuration]
+    if "inherits_from" in settings:
+        raise UserError(
+            f"{configuration} inherits from {settings['inherits_from']}; change that configuration instead."
+        )
+    if downscale < 1:
+        raise UserError(f"--downscale must be at least 1, got {downscale}.")
+    if downscale > 1:
+        settings["spacing"] = [s * downscale for s in settings["spacing"]]
+        settings["median_image_size_in_voxels"] = [s / downscale for s in settings["median_image_size_in_voxels"]]
+        settings["data_identifier"] = f"{derived['plans_name']}_{configuration}"
+    wanted = patch_size or [math.ceil(s / downscale) for s in settings["patch_size"]]
+    if len(wanted) != len(settings["patch_size"]) or min(wanted) < 1:
+        raise UserError(f"The patch of {configuration} has {len(settings['patch_size'])} sides, got {list(wanted)}.")
+    network = settings["architecture"]["arch_kwargs"]
+    _drop_stages(network, wanted)
+    _set_features(network, base_features, max_features)
+    total_stride = [math.prod(axis) for axis in zip(*network["strides"])]
+    settings["patch_size"] = [math.ceil(w / t) * t for w, t in zip(wanted, total_stride)]
+    if batch_size is not None:
+        settings["batch_size"] = batch_size
+    return derived
+
+
+def _drop_stages(network: dict[str, Any], patch_size: Sequence[int]) -> None:
+    """Keep the stages whose feature maps are large enough."""
+    sides: list[float] = [float(s) for s in patch_size]
+    keep = 0
+    for stride in network["strides"]:
+        sides = [side / s for side, s in zip(sides, stride)]
+        if any(side < SMALLEST_BOTTLENECK and s > 1 for side, s in zip(sides, stride)):
+            break
+        keep += 1
+    if keep < 2:
+        raise UserError(f"A patch of {list(patch_size)} voxels is too small for a U-Net; use a larger one.")
+    network["n_stages"] = keep
+    for name in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage"):
+        if isinstance(network.get(name), list):
+            network[name] = network[name][:keep]
+    network["n_conv_per_stage_decoder"] = network["n_conv_per_stage_decoder"][: keep - 1]
+
+
+def _set_features(network: dict[str, Any], base: int | None, largest: int | None) -> None:
+    old = network["features_per_stage"]
+    start = base or old[0]
+    bound = largest or max(old)
+    network["features_per_stage"] = [min(start * 2**i, bound) for i in range(len(old))]

@@ -1,0 +1,249 @@
+"""Preprocess images without labels, with nnU-Net's own preprocessor and plans, into folders of their own.
+
+Every case is written under a temporary name and then renamed: a file with the final name is complete. A folder
+remembers the settings it was made with, so that images made with other plans are never mixed in silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_atomically
+
+UNLABELED_SUFFIX = "_unlabeled"
+TEST_SUFFIX = "_test_images"
+SETTINGS_FILE = "preprocessing.json"
+_PART_SUFFIX = ".part"
+
+
+@dataclasses.dataclass(frozen=True)
+class RawCase:
+    """Channel files of one image, in channel order."""
+
+    identifier: str
+    images: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseReport:
+    """How the preprocessing of one case ended; ``error`` is empty where it went well."""
+
+    identifier: str
+    error: str = ""
+    note: str = ""
+
+
+def preprocessing_settings(plans_manager: PlansManager, configuration: str) -> dict[str, Any]:
+    """What decides the preprocessed voxels; two plans that agree in this may share preprocessed images."""
+    manager = plans_manager.get_configuration(configuration)
+    names = (
+        "preprocessor_name",
+        "spacing",
+        "normalization_schemes",
+        "use_mask_for_norm",
+        "resampling_fn_data",
+        "resampling_fn_data_kwargs",
+    )
+    settings = {name: manager.configuration[name] for name in names}
+    settings["transpose_forward"] = plans_manager.transpose_forward
+    settings["image_reader_writer"] = plans_manager.plans["image_reader_writer"]
+    settings["intensities"] = plans_manager.foreground_intensity_properties_per_channel
+    return json.loads(json.dumps(settings))
+
+
+def preprocessed_cases(folder: str) -> list[str]:
+    """Identifiers of the complete images in a folder; none if there is no such folder."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(name[: -len(".b2nd")] for name in os.listdir(folder) if name.endswith(".b2nd"))
+
+
+def check_same_preprocessing(folder: str, settings: dict[str, Any]) -> None:
+    """Refuse images that were preprocessed with other settings.
+
+    Raises:
+        UserError: Naming the settings that differ.
+    """
+    file = os.path.join(folder, SETTINGS_FILE)
+    found = load_json(file) if os.path.isfile(file) else {}
+    different = sorted(k for k in settings if found.get(k) != settings[k])
+    if different:
+        raise UserError(
+            f"The images in {folder} were preprocessed with other settings than the plans ask for (different: "
+            f"{', '.join(different)}). Run 'nnunet-ssl preprocess --overwrite' with these plans."
+        )
+
+
+def count_raw_cases(raw_folder: str | None, name: str) -> int:
+    """How many files lie in a folder of the raw data set."""
+    folder = os.path.join(raw_folder, name) if raw_folder is not None else ""
+    return len(_visible_files(folder)) if os.path.isdir(folder) else 0
+
+
+def find_raw_cases(
+    folder: str, file_ending: str, num_channels: int, labeled: Iterable[str]
+) -> tuple[list[RawCase], list[CaseReport]]:
+    """List the images of a folder, named as nnU-Net names them: ``CASE_0000.ending`` and so on.
+
+    Args:
+        folder: imagesUn or imagesTs of a raw data set.
+        file_ending: As in dataset.json.
+        num_channels: As in dataset.json.
+        labeled: Identifiers of the labeled cases, which must not occur here.
+
+    Returns:
+        The usable cases, and a report for every file or case that is not.
+    """
+    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
+    channels: dict[str, dict[int, str]] = {}
+    reports = []
+    for name in _visible_files(folder):
+        match = pattern.fullmatch(name)
+        if match is None:
+            expected = f"CASE_0000{file_ending}"
+            reports.append(CaseReport(name, f"the name does not fit: expected {expected} as dataset.json says"))
+        else:
+            channels.setdefault(match[1], {})[int(match[2])] = os.path.join(folder, name)
+    cases = []
+    known = set(labeled)
+    for identifier, files in sorted(channels.items()):
+        if identifier in known:
+            reports.append(CaseReport(identifier, "a labeled case has the same name; rename or remove one of them"))
+        elif sorted(files) != list(range(num_channels)):
+            have = ", ".join(f"{i:04d}" for i in sorted(files))
+            reports.append(
+                CaseReport(identifier, f"channel files {have} found, dataset.json asks for {num_channels} from 0000 on")
+            )
+        else:
+            cases.append(RawCase(identifier, tuple(files[i] for i in range(num_channels))))
+    return cases, reports
+
+
+def preprocess_case(
+    case: RawCase, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], output_folder: str
+) -> CaseReport:
+    """Preprocess one image and write it; never raises, so that one broken case does not stop the others."""
+    try:
+        note = _preprocess_and_write(case, plans, configuration, dataset_json, output_folder)
+    except UserError as error:
+        return CaseReport(case.identifier, str(error))
+    except Exception as error:  # readers raise anything for broken files; the last line says what
+        reason = str(error).strip().splitlines() or traceback.format_exception_only(error)
+        return CaseReport(case.identifier, f"{type(error).__name__}: {reason[-1]}")
+    return CaseReport(case.identifier, note=note)
+
+
+def preprocess_cases(
+    cases: list[RawCase],
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    output_folder: str,
+    num_processes: int,
+    overwrite: bool = False,
+) -> tuple[int, Iterator[CaseReport]]:
+    """Preprocess cases in parallel processes; finished ones are skipped.
+
+    Args:
+        cases: From ``find_raw_cases``.
+        plans: nnU-Net's plans.
+        configuration: A configuration of the plans.
+        dataset_json: nnU-Net's dataset.json.
+        output_folder: Made if missing.
+        num_processes: 1 works in this process.
+        overwrite: Redo finished cases, also those made with other settings.
+
+    Returns:
+        How many cases there are to do, and their reports as they end.
+
+    Raises:
+        UserError: If the folder holds images made with other settings and ``overwrite`` is not given.
+    """
+    settings = preprocessing_settings(PlansManager(plans), configuration)
+    done = set(preprocessed_cases(output_folder))
+    if done and overwrite:
+        for identifier in done:
+            os.remove(os.path.join(output_folder, identifier + ".b2nd"))
+        done = set()
+    if done:
+        check_same_preprocessing(output_folder, settings)
+    os.makedirs(output_folder, exist_ok=True)
+    for name in os.listdir(output_folder):
+        if name.endswith(_PART_SUFFIX):
+            os.remove(os.path.join(output_folder, name))
+    write_atomically(os.path.join(output_folder, SETTINGS_FILE), json.dumps(settings, indent=2).encode())
+    todo = [case for case in cases if case.identifier not in done]
+    arguments = (plans, configuration, dataset_json, output_folder)
+    if num_processes == 1 or len(todo) < 2:
+        return len(todo), (preprocess_case(case, *arguments) for case in todo)
+    return len(todo), _in_processes(preprocess_case, todo, arguments, min(num_processes, len(todo)))
+
+
+def _in_processes(
+    work: Callable[..., CaseReport], cases: list[RawCase], arguments: tuple[Any, ...], num_processes: int
+) -> Iterator[CaseReport]:
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(work, case, *arguments): case for case in cases}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield CaseReport(
+                    futures[future].identifier,
+                    "a worker process died (killed, or out of memory); run the command again, with a smaller -np",
+                )
+
+
+def _preprocess_and_write(
+    case: RawCase, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], output_folder: str
+) -> str:
+    plans_manager = PlansManager(plans)
+    manager = plans_manager.get_configuration(configuration)
+    raw, properties = plans_manager.image_reader_writer_class()().read_images(case.images)
+    _check_voxels(raw, len(dataset_json["channel_names"]))
+    preprocessor = manager.preprocessor_class(verbose=False)
+    data, _, _ = preprocessor.run_case_npy(raw, None, properties, plans_manager, manager, dataset_json)
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)
+    final = os.path.join(output_folder, case.identifier + ".b2nd")
+    part = final + _PART_SUFFIX
+    if os.path.exists(part):
+        os.remove(part)
+    cparams = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1}
+    blosc2.asarray(data, urlpath=part, chunks=chunks, blocks=blocks, cparams=cparams)
+    os.replace(part, final)
+    sides = data.shape[-len(manager.patch_size) :]
+    if all(side < patch for side, patch in zip(sides, manager.patch_size)):
+        return f"smaller than the patch ({list(sides)} < {list(manager.patch_size)} voxels): padded with zeros"
+    return ""
+
+
+def _check_voxels(raw: np.ndarray, num_channels: int) -> None:
+    if raw.shape[0] != num_channels:
+        raise UserError(f"the image has {raw.shape[0]} channels, dataset.json names {num_channels}")
+    if not np.isfinite(raw).all():
+        raise UserError("the image holds NaN or infinite voxels; nnU-Net's normalization cannot take them")
+    for channel in range(num_channels):
+        if raw[channel].min() == raw[channel].max():
+            raise UserError(f"channel {channel} is constant (all voxels are {raw[channel].flat[0]}); nothing to learn")
+
+
+def _visible_files(folder: str) -> list[str]:
+    return sorted(f.name for f in Path(folder).iterdir() if f.is_file() and not f.name.startswith("."))

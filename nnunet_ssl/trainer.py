@@ -1,0 +1,394 @@
+"""SemiSupervisedTrainer: the only place that overrides nnU-Net's training.
+
+A method derives from it, names its hyper-parameters and loss terms, and implements ``loss_terms``. Everything else
+(second loader, schedule of stages, logging, checkpoints, resuming) is done here once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+from torch import distributed as dist
+from torch._dynamo import OptimizedModule
+from torch.optim import Optimizer
+
+from nnunet_ssl.augmentation import Augmentation, adjust, warning_about_sides
+from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.hyperparameters import HyperParameters
+from nnunet_ssl.losses import downsample_target
+from nnunet_ssl.preprocessing import preprocessing_settings
+from nnunet_ssl.schedules import RestartingPolyLRScheduler, first_epoch_of_second_stage
+from nnunet_ssl.term_logger import TermLogger
+from nnunet_ssl.unlabeled_data import (
+    UnlabeledDataLoader,
+    UnlabeledDataset,
+    describe_cases,
+    find_unlabeled_cases,
+    in_background_workers,
+)
+
+
+class LossTerm(NamedTuple):
+    """A scalar tensor and its weight in the total."""
+
+    value: Tensor
+    weight: float
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with a second loader, for cases without labels, and with named loss terms.
+
+    The total batch is the plan's, shared between labeled and unlabeled examples in stage 2; a plan's batch of 1
+    becomes 1 + 1. Training may run in two stages: labels alone first, then everything, with the learning rate
+    restarted at the switch.
+
+    Class attributes a method sets:
+        hyperparameters_class: its hyper-parameters.
+        term_names: the loss terms it returns, in the order of the log.
+        uses_unlabeled: whether it needs the unlabeled loader at all.
+        transductive: whether validation and test images count as unlabeled.
+    """
+
+    hyperparameters_class: ClassVar[type[HyperParameters]] = HyperParameters
+    term_names: ClassVar[tuple[str, ...]] = ("supervised",)
+    uses_unlabeled: ClassVar[bool] = False
+    transductive: ClassVar[bool] = False
+    batch_size: int
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
+    ) -> None:
+        _check_imported_from_package()
+        self.hp = self._read_hyperparameters(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.hp.num_epochs
+        self.num_iterations_per_epoch = self.hp.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.hp.num_val_iterations_per_epoch
+        self.initial_lr = self.hp.initial_lr
+        self.weight_decay = self.hp.weight_decay
+        self.save_every = self.hp.save_every
+        self.oversample_foreground_percent = self.hp.oversample_foreground_percent
+        self.logger.local_logger = TermLogger(self.term_names)
+        self.unlabeled_batch_size = 0
+        self.dataloader_unlabeled: Iterator[dict[str, Any]] | None = None
+        self.generator = torch.Generator()
+        self._iterations_done_in_epoch = 0
+        self._random_state_to_restore: dict[str, Any] | None = None
+        if self.uses_unlabeled and self.is_cascaded:
+            raise UserError(
+                f"{type(self).__name__} cannot train {configuration}: a cascade needs the previous stage's "
+                f"segmentation of every unlabeled case. Train 2d, 3d_lowres or 3d_fullres."
+            )
+        self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
+
+    # ---- what a method implements ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
+        """Turn the two batches into named loss terms.
+
+        Called under autocast, once per step.
+
+        Args:
+            labeled: ``data`` (B_l, C, *S) and ``target`` at full resolution, (B_l, 1, *S) or region channels, both on
+                the device, and ``keys``.
+            unlabeled: ``data`` (B_u, C, *S) on the device, and ``keys``; None in stage 1 and for methods without it.
+
+        Returns:
+            A term per name of ``term_names``; one that is not computed in this stage may be left out.
+        """
+
+    def after_step(self) -> None:
+        """Called after every optimizer step, for what follows the weights (averages, roles)."""
+
+    # ---- state of the training ------------------------------------------------------------------------------------
+
+    @property
+    def switch_epoch(self) -> int:
+        """The epoch at which stage 2 starts; methods without stages stay in stage 1's schedule throughout."""
+        return first_epoch_of_second_stage(self.num_epochs, getattr(self.hp, "supervised_fraction", 0.0))
+
+    @property
+    def in_second_stage(self) -> bool:
+        """Whether the semi-supervised terms are on."""
+        return self.current_epoch >= self.switch_epoch
+
+    @property
+    def stage_progress(self) -> float:
+        """Fraction of the current stage that is done, in [0, 1)."""
+        first, last = (self.switch_epoch, self.num_epochs) if self.in_second_stage else (0, self.switch_epoch)
+        done = (self.current_epoch - first) * self.num_iterations_per_epoch + self._iterations_done_in_epoch
+        return done / ((last - first) * self.num_iterations_per_epoch)
+
+    @property
+    def augments_slice_by_slice(self) -> bool:
+        """Whether the patch is so anisotropic that nnU-Net augments its slices (axis 0) as 2D images."""
+        patch_size = self.configuration_manager.patch_size
+        return len(patch_size) == 3 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
+
+    # ---- nnU-Net's hooks, in the order of a training ----------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss, from the seed where there is one."""
+        rank = dist.get_rank() if self.is_ddp else 0
+        if self.hp.seed is not None:
+            # Weights alike on all ranks (DDP would copy rank 0's anyway), everything drawn later different.
+            torch.manual_seed(self.hp.seed)
+        super().initialize()
+        self.generator = torch.Generator(device=self.device if self.device.type == "cuda" else "cpu")
+        if self.hp.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(self.hp.seed + rank)
+            torch.manual_seed(self.hp.seed + rank)
+            np.random.seed(self.hp.seed + rank)
+
+    def _set_batch_size_and_oversample(self) -> None:
+        super()._set_batch_size_and_oversample()
+        if not self.uses_unlabeled:
+            return
+        total: int = self.batch_size
+        # The fraction nnU-Net really reaches with this batch: of 2 it centers 1, not 0.33, on a structure.
+        centered = total - round(total * (1 - self.oversample_foreground_percent))
+        self.unlabeled_batch_size = max(1, total // 2)
+        self.batch_size = max(1, total - self.unlabeled_batch_size)
+        self.oversample_foreground_percent = centered / total
+        self.probabilistic_oversampling = True
+        self.print_to_log_file(
+            f"Batch of {total}: {self.batch_size} labeled + {self.unlabeled_batch_size} unlabeled examples"
+        )
+
+    def configure_optimizers(self) -> tuple[Optimizer, Any]:
+        """nnU-Net's optimizer; its learning rate restarts at the switch of stages."""
+        optimizer, _ = super().configure_optimizers()
+        return optimizer, RestartingPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, self.switch_epoch)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Augmentation:  # noqa: N802
+        """nnU-Net's choices, with rotation range and mirroring axes as the hyper-parameters say."""
+        stock = Augmentation(*super().configure_rotation_dummyDA_mirroring_and_inital_patch_size())
+        self._augmentation = adjust(stock, self.hp, self.configuration_manager.patch_size)
+        self.inference_allowed_mirroring_axes = self._augmentation.mirror_axes
+        warning = warning_about_sides(self.dataset_json["labels"], self._augmentation)
+        if warning:
+            self.print_to_log_file(warning)
+        return self._augmentation
+
+    @staticmethod
+    def get_training_transforms(
+        patch_size: Any,
+        rotation_for_DA: Any,  # noqa: N803
+        deep_supervision_scales: Any,
+        mirror_axes: Any,
+        do_dummy_2d_data_aug: bool,
+        **keywords: Any,
+    ) -> BasicTransform:
+        """nnU-Net's augmentation with targets left at full resolution: a method may still move them."""
+        return nnUNetTrainer.get_training_transforms(
+            patch_size, rotation_for_DA, None, mirror_axes, do_dummy_2d_data_aug, **keywords
+        )
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's two loaders; makes the unlabeled one beside them."""
+        labeled, validation = super().get_dataloaders()
+        if self.uses_unlabeled:
+            self.dataloader_unlabeled = self._make_unlabeled_loader()
+        return labeled, validation
+
+    def on_train_start(self) -> None:
+        """Check the unlabeled data before anything is written, then start as nnU-Net does."""
+        if not self.was_initialized:
+            self.initialize()
+        if self.uses_unlabeled:
+            self._unlabeled_cases = self._find_unlabeled_cases()
+            self.print_to_log_file(f"Training with {describe_cases(self._unlabeled_cases)}")
+        super().on_train_start()
+        if self._random_state_to_restore is not None:
+            # Only now: making the loaders has drawn from the generators.
+            restore_random_state(self._random_state_to_restore, self.device)
+            self._random_state_to_restore = None
+
+    def on_train_epoch_start(self) -> None:
+        """Announce the switch of stages."""
+        self._iterations_done_in_epoch = 0
+        super().on_train_epoch_start()
+        if 0 < self.switch_epoch == self.current_epoch:
+            self.print_to_log_file("Stage 2: the semi-supervised terms are on, the learning rate restarts")
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One optimizer step on the labeled batch and, in stage 2, an unlabeled one."""
+        labeled = self._to_device(batch)
+        unlabeled = None
+        if self.dataloader_unlabeled is not None and self.in_second_stage:
+            unlabeled = self._to_device(next(self.dataloader_unlabeled))
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            terms = self.loss_terms(labeled, unlabeled)
+            total = _weighted_sum(terms)
+        self._backward_and_step(total)
+        self.after_step()
+        self._iterations_done_in_epoch += 1
+        values = [terms[name].value.detach().float() if name in terms else None for name in self.term_names]
+        nothing = total.new_full((), float("nan"), dtype=torch.float32)
+        # One transfer for all values: a step waits for the device no more often than the stock trainer's.
+        logged = torch.stack([total.detach().float(), *(nothing if v is None else v for v in values)]).cpu().numpy()
+        return {"loss": logged[0], "terms": logged[1:]}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the mean of every term over the epoch and over ranks."""
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        # The same terms were on in every step of the epoch: stages switch between epochs.
+        means = np.stack([output["terms"] for output in train_outputs]).mean(0)
+        if self.is_ddp:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, means)
+            means = np.stack(gathered).mean(0)
+        for name, mean in zip(self.term_names, means):
+            self.logger.log(TermLogger.key(name), float(mean), self.current_epoch)
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's, in the precision of the training."""
+        with self.autocast():
+            return super().validation_step(batch)
+
+    def on_epoch_end(self) -> None:
+        """Print the loss terms, then nnU-Net's lines; write its checkpoints and progress.png."""
+        terms = [(n, self.logger.get_value(TermLogger.key(n), step=-1)) for n in self.term_names]
+        self.print_to_log_file("loss terms:", ", ".join(f"{n} {v:.4f}" for n, v in terms if not np.isnan(v)))
+        super().on_epoch_end()
+
+    def on_train_end(self) -> None:
+        """Write checkpoint_final.pth and stop the loaders."""
+        super().on_train_end()
+        if isinstance(self.dataloader_unlabeled, NonDetMultiThreadedAugmenter):
+            self.dataloader_unlabeled._finish()
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint, atomically, with the state that resuming needs under a key of its own.
+
+        ``trainer_name`` says nnUNetTrainer where the network is the plan's own: such a file predicts on stock nnU-Net
+        without this package.
+        """
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        write_checkpoint(self, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Load nnU-Net's part and ours; random states are put back when training starts."""
+        super().load_checkpoint(filename_or_checkpoint)
+        state = read_state(filename_or_checkpoint, type(self).__name__)
+        self._random_state_to_restore = state["random_state"]
+        self.generator.set_state(state["generator"])
+
+    # ---- tools for methods ------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """As the stock trainer: on CUDA always; on the CPU bfloat16 where ``cpu_bfloat16`` asks for it."""
+        if self.device.type == "cuda":
+            return torch.autocast("cuda")
+        if self.device.type == "cpu" and self.hp.cpu_bfloat16:
+            return torch.autocast("cpu", dtype=torch.bfloat16)
+        return nullcontext()
+
+    def supervised_loss(self, outputs: Any, target: Tensor) -> Tensor:
+        """The trainer's loss of the network's outputs against a target at full resolution.
+
+        Args:
+            outputs: Logits (B, K, *S), with deep supervision a list of them by falling resolution.
+            target: (B, 1, *S) or region channels.
+        """
+        if not isinstance(outputs, (list, tuple)):
+            return self.loss(outputs, target)
+        return self.loss(outputs, downsample_target(target, [tuple(o.shape[2:]) for o in outputs]))
+
+    def bare_network(self) -> torch.nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    # ---- internals --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _read_hyperparameters(cls, plans: dict[str, Any]) -> Any:
+        from nnunet_ssl.methods import TRAINERS  # the table imports the methods, which import this module
+
+        return cls.hyperparameters_class.from_plans(plans, [t.hyperparameters_class for t in TRAINERS])
+
+    def _find_unlabeled_cases(self) -> Sequence[Any]:
+        dataset = self.plans_manager.dataset_name
+        raw = os.path.join(nnUNet_raw.get(), dataset) if nnUNet_raw.is_set() else None
+        settings = preprocessing_settings(self.plans_manager, self.configuration_name)
+        return find_unlabeled_cases(self.preprocessed_dataset_folder, raw, settings, self.fold, self.transductive)
+
+    def _make_unlabeled_loader(self) -> Iterator[dict[str, Any]]:
+        patch_size, masked = self.configuration_manager.patch_size, self.configuration_manager.use_mask_for_norm
+        rotation, slice_by_slice, initial_patch_size, mirror_axes = self._augmentation
+        loader = UnlabeledDataLoader(
+            UnlabeledDataset(self._unlabeled_cases),
+            self.unlabeled_batch_size,
+            initial_patch_size,
+            patch_size,
+            self.label_manager,
+            self.get_training_transforms(
+                patch_size, rotation, None, mirror_axes, slice_by_slice, use_mask_for_norm=masked
+            ),
+            mask_outside=any(masked),
+        )
+        return in_background_workers(loader, pin_memory=self.device.type == "cuda")
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _backward_and_step(self, total: Tensor) -> None:
+        # Step for step what the stock trainer does, the clipping norm of 12 included.
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(total).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.optimizer.step()
+
+
+def _weighted_sum(terms: dict[str, LossTerm]) -> Tensor:
+    total: Tensor | None = None
+    for value, weight in terms.values():
+        part = value if weight == 1.0 else weight * value
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("loss_terms returned no term; at least one is needed.")
+    return total
+
+
+def _check_imported_from_package() -> None:
+    module = sys.modules.get(__name__)
+    if module is None or getattr(module, "SemiSupervisedTrainer", None) is not SemiSupervisedTrainer:
+        raise UserError(
+            f"nnU-Net found this trainer through the wrong folder: nnUNet_extTrainer="
+            f"{os.environ.get('nnUNet_extTrainer', '')}. It must name the folder of trainers, not the repository or "
+            f'the package. Run: eval "$(nnunet-ssl env)"'
+        )

@@ -1,0 +1,240 @@
+"""Which cases are unlabeled, the image-only view of them, and their loader.
+
+Nothing in this module opens a label: cases with labels lie beside theirs in nnU-Net's folder, and the view below
+reads the image file alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from threadpoolctl import threadpool_limits
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.preprocessing import (
+    TEST_SUFFIX,
+    UNLABELED_SUFFIX,
+    check_same_preprocessing,
+    count_raw_cases,
+    preprocessed_cases,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnlabeledCase:
+    """One image without a label: where its preprocessed file lies, and why it counts as unlabeled."""
+
+    identifier: str
+    folder: str
+    source: str
+
+
+class UnlabeledDataset:
+    """Preprocessed images by identifier; images only.
+
+    Args:
+        cases: The cases to hold. Identifiers must be unique.
+    """
+
+    def __init__(self, cases: Sequence[UnlabeledCase]) -> None:
+        self._folders = {case.identifier: case.folder for case in cases}
+        self.identifiers = sorted(self._folders)
+        # As nnU-Net does: no memory mapping on Windows.
+        self._mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+
+    def load_image(self, identifier: str) -> Any:
+        """Open an image (C, *S), in voxels of the plan's spacing; it is read as it is sliced."""
+        file = os.path.join(self._folders[identifier], identifier + ".b2nd")
+        return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **self._mmap)
+
+
+class UnlabeledDataLoader(nnUNetDataLoader):
+    """Random patches of unlabeled images, with nnU-Net's cropping and the transforms it is given.
+
+    Yields ``{"data": (B, C, *S) float32, "keys": B identifiers}``.
+
+    Args:
+        dataset: Image-only view.
+        batch_size: B.
+        patch_size: Size that is cut out, in voxels, before the transforms.
+        final_patch_size: Size that the transforms return, in voxels.
+        label_manager: Asked for by nnU-Net's loader; no label is ever read.
+        transforms: Applied to the image of each example.
+        mask_outside: Whether to hand the transforms nnU-Net's mask of nonzero voxels as ``segmentation`` (-1 outside,
+            0 inside), found from the image alone. Needed where the plans normalize inside that mask.
+    """
+
+    def __init__(
+        self,
+        dataset: UnlabeledDataset,
+        batch_size: int,
+        patch_size: Sequence[int],
+        final_patch_size: Sequence[int],
+        label_manager: LabelManager,
+        transforms: BasicTransform | None = None,
+        mask_outside: bool = False,
+    ) -> None:
+        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, transforms=transforms)
+        self.mask_outside = mask_outside
+        # With an ignore label nnU-Net's cropping looks for annotated voxels. There are none here.
+        self.has_ignore = False
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Draw one batch."""
+        keys = self.get_indices()
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            images = [self._example(key) for key in keys]
+        return {"data": torch.stack(images), "keys": keys}
+
+    def _example(self, key: str) -> torch.Tensor:
+        image = self._data.load_image(key)
+        lower, upper = self.get_bbox(image.shape[1:], False, None)
+        box = [[low, high] for low, high in zip(lower, upper)]
+        patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+        if self.patch_size_was_2d:
+            patch = patch[:, 0]
+        if self.transforms is None:
+            return patch
+        data = {"image": patch}
+        if self.mask_outside:
+            data["segmentation"] = (patch == 0).all(dim=0, keepdim=True).to(torch.int16).neg()
+        return self.transforms(**data)["image"]
+
+
+def find_unlabeled_cases(
+    preprocessed_folder: str,
+    raw_folder: str | None,
+    preprocessing: dict[str, Any],
+    fold: int | str,
+    transductive: bool,
+) -> list[UnlabeledCase]:
+    """Collect the unlabeled cases of a training.
+
+    Args:
+        preprocessed_folder: nnU-Net's folder of the configuration, ``<dataset>/<data_identifier>``.
+        raw_folder: The raw data set, if there is one on this machine; only looked at for better errors.
+        preprocessing: What the plan says of preprocessing, see ``preprocessing.preprocessing_settings``.
+        fold: nnU-Net's fold, a number or ``all``.
+        transductive: Whether the images of the fold's validation cases and of imagesTs count as unlabeled too.
+
+    Returns:
+        The cases, sorted by identifier; at least one.
+
+    Raises:
+        UserError: Where there are none, some are not preprocessed yet, or a case is also labeled or reported on.
+    """
+    split = _read_fold(preprocessed_folder, fold)
+    cases = _from_folder(preprocessed_folder + UNLABELED_SUFFIX, raw_folder, "imagesUn", preprocessing)
+    cases += _from_fold(preprocessed_folder, split["unlabeled"], "hidden label")
+    if transductive:
+        cases += _from_fold(preprocessed_folder, split["val"], "validation image")
+        cases += _from_folder(preprocessed_folder + TEST_SUFFIX, raw_folder, "imagesTs", preprocessing)
+    if not cases:
+        raise UserError(
+            f"No unlabeled case for fold {fold}. There are three ways to add some: put images into imagesUn/ of the "
+            f"raw data set and run 'nnunet-ssl preprocess'; hide labels for an experiment with 'nnunet-ssl split' and "
+            f"train the fold it prints; or train nnUNetTrainerSemiTCPlus, which uses the images of the validation "
+            f"cases and of imagesTs/."
+        )
+    _check_disjoint(cases, split, transductive)
+    return sorted(cases, key=lambda case: case.identifier)
+
+
+def _read_fold(preprocessed_folder: str, fold: int | str) -> dict[str, list[str]]:
+    empty: dict[str, list[str]] = {"train": [], "val": [], "unlabeled": []}
+    splits_file = Path(preprocessed_folder).parent / "splits_final.json"
+    if fold == "all" or not splits_file.is_file():
+        return empty
+    splits = load_json(str(splits_file))
+    return {**empty, **splits[int(fold)]} if int(fold) < len(splits) else empty
+
+
+def _from_fold(folder: str, identifiers: Sequence[str], source: str) -> list[UnlabeledCase]:
+    missing = [i for i in identifiers if not os.path.isfile(os.path.join(folder, i + ".b2nd"))]
+    if missing:
+        raise UserError(
+            f"{len(missing)} cases of the fold ({source}) are not preprocessed in {folder}, e.g. {missing[0]}. "
+            f"Run nnUNetv2_preprocess for this configuration."
+        )
+    return [UnlabeledCase(i, folder, source) for i in identifiers]
+
+
+def _from_folder(
+    folder: str, raw_folder: str | None, raw_name: str, preprocessing: dict[str, Any]
+) -> list[UnlabeledCase]:
+    identifiers = preprocessed_cases(folder)
+    if not identifiers:
+        waiting = count_raw_cases(raw_folder, raw_name)
+        if waiting:
+            command = "nnunet-ssl preprocess" + (" --test-images" if raw_name == "imagesTs" else "")
+            raise UserError(
+                f"{raw_name}/ holds {waiting} files, but none is preprocessed in {folder}. Run '{command} -d DATASET "
+                f"-c CONFIGURATION' with the plans you train with."
+            )
+        return []
+    check_same_preprocessing(folder, preprocessing)
+    return [UnlabeledCase(i, folder, raw_name) for i in identifiers]
+
+
+def _check_disjoint(cases: Sequence[UnlabeledCase], split: dict[str, list[str]], transductive: bool) -> None:
+    names = [case.identifier for case in cases]
+    twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        sources = [c.source for c in cases if c.identifier == twice[0]]
+        raise UserError(f"Case {twice[0]} counts as unlabeled twice: {' and '.join(sources)}. Rename or remove one.")
+    for part, meaning in (("train", "labeled"), ("val", "validation")):
+        if part == "val" and transductive:
+            continue
+        both = sorted(set(names) & set(split[part]))
+        if both:
+            source = next(c.source for c in cases if c.identifier == both[0])
+            raise UserError(
+                f"{len(both)} {meaning} cases of the fold are unlabeled cases too, e.g. {both[0]} ({source}). Remove "
+                f"them from one of the two; to learn from validation images on purpose use nnUNetTrainerSemiTCPlus."
+            )
+
+
+def describe_cases(cases: Sequence[UnlabeledCase]) -> str:
+    """One line for the log: "95 unlabeled cases (95 hidden label)"."""
+    sources = [case.source for case in cases]
+    counts = ", ".join(f"{int(n)} {s}" for s, n in zip(*np.unique(sources, return_counts=True)))
+    return f"{len(cases)} unlabeled cases ({counts})"
+
+
+def in_background_workers(loader: UnlabeledDataLoader, pin_memory: bool) -> Iterator[dict[str, Any]]:
+    """Run the loader as nnU-Net runs its own; in this process where nnUNet_n_proc_DA is 0.
+
+    Args:
+        loader: What to run.
+        pin_memory: Whether batches go to a GPU.
+    """
+    workers = get_allowed_n_proc_DA()
+    if workers == 0:
+        return SingleThreadedAugmenter(loader, None)
+    augmenter = NonDetMultiThreadedAugmenter(
+        data_loader=loader,
+        transform=None,
+        num_processes=max(1, workers // 2),
+        num_cached=max(3, workers // 4),
+        seeds=None,
+        pin_memory=pin_memory,
+        wait_time=0.002,
+    )
+    # Starts the workers, so that the first step finds its batch ready.
+    next(augmenter)
+    return augmenter
