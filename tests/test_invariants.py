@@ -1,0 +1,275 @@
+"""The invariants that every trainer of the method table must hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PATCHES, SSL, TinyDataset
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+SEMI = [t for t in TRAINERS if "consistency" in t.term_names]
+# What switches a method's own terms and transforms off.
+NEUTRAL = {"consistency_weight": 0.0, "identity_probability": 1.0}
+
+
+def initialized(tiny: TinyDataset, cls: type, **ssl: Any) -> Any:
+    trainer = tiny.trainer(cls, **ssl)
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(True)
+    trainer.network.train()
+    return trainer
+
+
+def feed(trainer: Any, unlabeled: dict[str, Any]) -> None:
+    """Give the same unlabeled batch at every step."""
+    if trainer.uses_unlabeled:
+        trainer.dataloader_unlabeled = iter(lambda: unlabeled, None)
+
+
+def parameters(trainer: Any) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.network.parameters()]
+
+
+def train(trainer: Any) -> dict[str, torch.Tensor]:
+    trainer.run_training()
+    return {k: v.clone() for k, v in trainer.network.state_dict().items()}
+
+
+def assert_equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{name} differs"
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+@pytest.mark.parametrize("cls", SEMI, ids=lambda c: c.__name__)
+def test_1_unlabeled_gradient_reaches_every_parameter(tiny, cls, interpolation):
+    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0, interpolation=interpolation)
+    labeled, unlabeled = tiny.batches(trainer)
+    terms = trainer.loss_terms(labeled, unlabeled if cls.uses_unlabeled else None)
+    terms["consistency"].value.backward()
+    without = []
+    for name, parameter in trainer.network.named_parameters():
+        # The heads of coarser resolutions serve deep supervision alone; the consistency term is at full resolution.
+        heads = len(trainer.network.decoder.seg_layers)
+        if "seg_layers" in name and f"seg_layers.{heads - 1}." not in name:
+            continue
+        if parameter.grad is None or not parameter.grad.abs().max() > 0:
+            # A bias before InstanceNorm has no effect on the output, so its gradient is rounding noise or zero.
+            if not (name.endswith("conv.bias") or ".all_modules.0.bias" in name):
+                without.append(name)
+    assert not without
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+def test_1_gradient_flows_through_both_branches(tiny, branch):
+    trainer = initialized(tiny, SEMI[0], supervised_fraction=0.0, identity_probability=0.0)
+    logits = [torch.randn(2, 3, *tiny.patch, requires_grad=True) for _ in range(2)]
+    u1, u2 = (trainer.draw_displacement(logits[0]) for _ in range(2))
+    trainer.consistency(*logits, u1, u2).backward()
+    assert logits[branch].grad.abs().max() > 0
+
+
+def test_1_unlabeled_images_change_the_gradient(tiny):
+    gradients = []
+    for seed in (1, 2):
+        trainer = initialized(tiny, next(t for t in TRAINERS if t.uses_unlabeled), supervised_fraction=0.0)
+        labeled, _ = tiny.batches(trainer)
+        _, unlabeled = tiny.batches(trainer, seed)
+        trainer.loss_terms(labeled, unlabeled)["consistency"].value.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]))
+    assert not torch.allclose(*gradients)
+
+
+def test_2_no_network_shares_storage_with_another(tiny, trainer_class):
+    trainer = initialized(tiny, trainer_class)
+    networks = {id(v): v for v in vars(trainer).values() if isinstance(v, nn.Module) and v is not trainer.loss}
+    # Within one network nnU-Net registers the encoder twice, so sets are compared between networks.
+    storages = [{p.data_ptr() for p in network.state_dict().values()} for network in networks.values()]
+    assert storages[0]
+    assert len(set().union(*storages)) == sum(map(len, storages))
+
+
+def test_3_labels_of_unlabeled_cases_are_never_read(tmp_path: Path, trainer_class):
+    weights = []
+    for name, scrambled in (("honest", False), ("scrambled", True)):
+        tiny = TinyDataset(tmp_path / name, PATCHES["2d"])
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+                patch.setenv(variable, str(tiny.root / variable))
+            if scrambled:
+                tiny.scramble_labels(tiny.hidden)
+            trainer = tiny.trainer(trainer_class, supervised_fraction=0.25)
+            if trainer_class.transductive and scrambled:
+                # Validation labels are read for the online validation, which must not reach the weights.
+                tiny.scramble_labels_keeping_locations(tiny.validation)
+            weights.append(train(trainer))
+    assert_equal_weights(*weights)
+
+
+def test_3_hidden_label_files_may_be_missing(tiny, trainer_class):
+    for case in tiny.hidden:
+        (tiny.folder / f"{case}_seg.b2nd").unlink()
+        (tiny.folder / f"{case}.pkl").unlink()
+    train(tiny.trainer(trainer_class, supervised_fraction=0.0))
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_4_equals_the_stock_trainer_with_everything_switched_off(tmp_path, trainer_class, patch):
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    trainer = initialized(tiny, trainer_class, supervised_fraction=0.5, **NEUTRAL)
+    stock = tiny.trainer(nnUNetTrainer)
+    stock.initialize()
+    stock.set_deep_supervision_enabled(True)
+    stock.network.load_state_dict(trainer.network.state_dict())
+    scales = stock._get_deep_supervision_scales()
+    labeled, unlabeled = tiny.batches(trainer)
+    feed(trainer, unlabeled)
+    before = parameters(trainer)
+    for epoch in range(4):
+        if epoch == 2:
+            # The learning rate restarts with the second stage; stock nnU-Net knows no stages.
+            stock.lr_scheduler.step(0)
+        for t in (trainer, stock):
+            t.current_epoch = epoch
+            t.network.train()
+        trainer.lr_scheduler.step(epoch)
+        stock.optimizer.param_groups[0]["lr"] = trainer.optimizer.param_groups[0]["lr"]
+        targets = [
+            torch.nn.functional.interpolate(
+                labeled["target"].float(), [round(side * s) for side, s in zip(tiny.patch, scale)], mode="nearest-exact"
+            ).to(torch.int16)
+            for scale in scales
+        ]
+        ours = trainer.train_step(labeled)["loss"]
+        theirs = stock.train_step({"data": labeled["data"], "target": targets})["loss"]
+        assert ours == pytest.approx(float(theirs), abs=1e-4)
+    after = parameters(trainer)
+    assert max((a - b).abs().max() for a, b in zip(before, after)) > 1e-3, "nothing was trained"
+    for a, b in zip(after, stock.network.parameters()):
+        torch.testing.assert_close(a, b.detach(), atol=2e-4, rtol=1e-3)
+
+
+def test_4_supervised_equals_the_stock_trainer_through_a_whole_training(tiny):
+    ours = tiny.trainer(TRAINERS[0])
+    weights = train(ours)
+    torch.manual_seed(SSL["seed"])
+    stock = tiny.trainer(nnUNetTrainer)
+    stock.initialize()
+    torch.manual_seed(SSL["seed"])
+    np.random.seed(SSL["seed"])
+    stock.run_training()
+    for name, value in stock.network.state_dict().items():
+        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_5_resumed_training_equals_the_uninterrupted_one(tmp_path: Path, trainer_class, stop_after):
+    weights = []
+    for name in ("whole", "resumed"):
+        tiny = TinyDataset(tmp_path / name, PATCHES["2d"])
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+                patch.setenv(variable, str(tiny.root / variable))
+            trainer = tiny.trainer(trainer_class)
+            if name == "resumed":
+                stop_at_epoch(trainer, stop_after)
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.run_training()
+                file = f"{trainer.output_folder}/checkpoint_latest.pth"
+                torch.manual_seed(123)
+                np.random.seed(123)
+                trainer = tiny.trainer(trainer_class)
+                trainer.load_checkpoint(file)
+                assert trainer.current_epoch == stop_after
+            weights.append(train(trainer))
+    assert_equal_weights(*weights)
+
+
+def stop_at_epoch(trainer: SemiSupervisedTrainer, epoch: int) -> None:
+    original = trainer.on_epoch_start
+
+    def stop() -> None:
+        if trainer.current_epoch == epoch:
+            raise KeyboardInterrupt
+        original()
+
+    trainer.on_epoch_start = stop
+
+
+@pytest.mark.parametrize("cls", SEMI, ids=lambda c: c.__name__)
+def test_6_voxels_outside_the_mask_cannot_change_the_loss(tiny, cls):
+    from nnunet_ssl.spatial import align_displacements, inside_mask
+
+    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
+    logits_1, logits_2 = torch.randn(2, 2, 3, *tiny.patch)
+    u1, u2 = trainer.draw_displacement(logits_1), trainer.draw_displacement(logits_1)
+    masked = ~inside_mask(align_displacements(u1, u2))
+    assert 0 < masked.float().mean() < 0.5
+    plain = trainer.consistency(logits_1, logits_2, u1, u2)
+    for value in (100.0, float("nan")):
+        changed = torch.where(masked, value, logits_2)
+        assert torch.equal(trainer.consistency(logits_1, changed, u1, u2), plain)
+    touched = trainer.consistency(logits_1, torch.where(masked, logits_2, 100.0), u1, u2)
+    assert not torch.equal(touched, plain), "the mask is the wrong way round"
+
+
+EXTREMES = {
+    "constant image": lambda data: torch.full_like(data, 3.0),
+    "zeros": torch.zeros_like,
+    "huge values": lambda data: data * 1e4,
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("supervised_loss", ["nnunet", "soft_iou"])
+def test_7_terms_are_finite_under_autocast(tiny, trainer_class, name, supervised_loss):
+    trainer = initialized(
+        tiny, trainer_class, supervised_fraction=0.0, cpu_bfloat16=True, supervised_loss=supervised_loss
+    )
+    labeled, unlabeled = tiny.batches(trainer)
+    # Only background is there: every structure is absent.
+    labeled = {**labeled, "data": EXTREMES[name](labeled["data"]), "target": torch.zeros_like(labeled["target"])}
+    feed(trainer, {**unlabeled, "data": EXTREMES[name](unlabeled["data"])})
+    output = trainer.train_step(labeled)
+    assert np.isfinite(output["loss"])
+    assert np.isfinite(output["terms"]).all()
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cls", SEMI, ids=lambda c: c.__name__)
+def test_7_confident_predictions_have_finite_loss_and_gradient(tiny, cls, dtype):
+    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0)
+    one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, (2, *tiny.patch)), 3).movedim(-1, 1)
+    for scale in (1.0, 1e4):
+        logits = (one_hot * scale).to(dtype).requires_grad_()
+        u1, u2 = trainer.draw_displacement(logits), trainer.draw_displacement(logits)
+        loss = trainer.consistency(logits, logits, u1, u2)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("num_labels", [2, 7])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_8_dimensions_channels_and_classes(tmp_path, trainer_class, patch, channels, num_labels):
+    tiny = TinyDataset(tmp_path, PATCHES[patch], num_labels, channels)
+    trainer = tiny.trainer(trainer_class, supervised_fraction=0.5, num_epochs=2, num_iterations_per_epoch=1)
+    weights = train(trainer)
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    terms = trainer.logger.get_value("loss_supervised", step=None)
+    assert len(terms) == 2
+    assert np.isfinite(terms).all()
+    if trainer_class in SEMI:
+        first, second = trainer.logger.get_value("loss_consistency", step=None)
+        assert np.isnan(first), "the consistency term is off in stage 1"
+        assert 0 < second < 1
