@@ -26,10 +26,8 @@ def probabilities(logits: Tensor, has_regions: bool) -> Tensor:
     return torch.sigmoid(logits) if has_regions else torch.softmax(logits, dim=1)
 
 
-def soft_iou_loss(
-    first: Tensor, second: Tensor, mask: Tensor | None = None, over_batch: bool = False, smooth: float = SMOOTH
-) -> Tensor:
-    """1 - mean over classes of sum(p q) / sum(p + q - p q).
+def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - mean over images and classes of sum(p q) / sum(p + q - p q).
 
     The loss of Bortsova et al. (MICCAI 2019), used there both against labels and between the two branches. All
     channels count, the background too. Symmetric in its two arguments, and gradient flows into both.
@@ -38,9 +36,6 @@ def soft_iou_loss(
         first: Probabilities p (B, K, *S).
         second: Probabilities or a one-hot map q (B, K, *S).
         mask: (B, 1, *S), boolean or 0/1; voxels at 0 do not count. All count if absent.
-        over_batch: Sum over the whole batch rather than image by image (the paper's), which keeps a small structure
-            from being judged on the images that lack it.
-        smooth: Added to numerator and denominator.
 
     Returns:
         Scalar in [0, 1].
@@ -52,8 +47,8 @@ def soft_iou_loss(
         keep = mask.bool()
         overlap = torch.where(keep, overlap, 0.0)
         union = torch.where(keep, union, 0.0)
-    axes = [0, *range(2, first.ndim)] if over_batch else list(range(2, first.ndim))
-    iou = (overlap.sum(axes) + smooth) / (union.sum(axes) + smooth)
+    axes = list(range(2, first.ndim))
+    iou = (overlap.sum(axes) + SMOOTH) / (union.sum(axes) + SMOOTH)
     return 1.0 - iou.mean()
 
 

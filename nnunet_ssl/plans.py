@@ -51,9 +51,8 @@ def shrink(
     """
     derived = copy.deepcopy(dict(plans))
     if configuration not in derived["configurations"]:
-        raise UserError(
-            f"The plans have no configuration {configuration}; they have {sorted(derived['configurations'])}."
-        )
+        known = ", ".join(derived["configurations"])
+        raise UserError(f"The plans have no configuration {configuration}; they have {known}.")
     settings = derived["configurations"][configuration]
     if "inherits_from" in settings:
         raise UserError(

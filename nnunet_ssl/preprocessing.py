@@ -216,7 +216,7 @@ def _preprocess_and_write(
 ) -> str:
     plans_manager = PlansManager(plans)
     manager = plans_manager.get_configuration(configuration)
-    raw, properties = plans_manager.image_reader_writer_class()().read_images(case.images)
+    raw, properties = plans_manager.image_reader_writer_class().read_images(case.images)
     _check_voxels(raw, len(dataset_json["channel_names"]))
     preprocessor = manager.preprocessor_class(verbose=False)
     data, _, _ = preprocessor.run_case_npy(raw, None, properties, plans_manager, manager, dataset_json)

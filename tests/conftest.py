@@ -173,7 +173,11 @@ class TinyDataset:
         plans["continue_training"] = False
         trainer = cls(plans, self.configuration, fold, dict(self.dataset_json), torch.device("cpu"))
         if not hasattr(trainer, "hp"):
-            for name, value in (("num_epochs", 4), ("num_iterations_per_epoch", 2), ("num_val_iterations_per_epoch", 1)):
+            for name, value in (
+                ("num_epochs", 4),
+                ("num_iterations_per_epoch", 2),
+                ("num_val_iterations_per_epoch", 1),
+            ):
                 setattr(trainer, name, value)
         return trainer
 

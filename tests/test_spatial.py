@@ -191,7 +191,9 @@ def test_composition_of_affine_maps_is_exact():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_composition_warps_like_warping_twice(shape):
     outer, inner = field(shape, seed=1), field(shape, seed=2)
-    smooth = torch.from_numpy(gaussian_filter(np.random.default_rng(0).normal(size=(2, 1, *shape)), (0, 0, *[3] * len(shape))))
+    smooth = torch.from_numpy(
+        gaussian_filter(np.random.default_rng(0).normal(size=(2, 1, *shape)), (0, 0, *[3] * len(shape)))
+    )
     twice = warp(warp(smooth, outer), inner)
     once = warp(smooth, compose_displacements(outer, inner))
     assert (twice - once).abs().max() < 0.1 * smooth.abs().max()
@@ -227,7 +229,9 @@ def test_jacobian_determinant_against_numpy(shape):
 def test_fields_never_fold_however_strong(shape, std):
     u = field(shape, batch=16, smoothness=0.1, std=std, dtype=torch.float32)
     assert jacobian_determinant(u).min() > 0.05
-    rows = torch.stack([torch.stack(torch.gradient(u[:, d], dim=list(range(1, u.ndim - 1)))) for d in range(u.shape[1])])
+    rows = torch.stack(
+        [torch.stack(torch.gradient(u[:, d], dim=list(range(1, u.ndim - 1)))) for d in range(u.shape[1])]
+    )
     assert rows.abs().sum(1).max() < MAX_STRAIN * 1.05
 
 

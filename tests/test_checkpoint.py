@@ -1,0 +1,129 @@
+"""Checkpoints: stock-compatible, atomic, resumable, and refused by the wrong trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_ssl.checkpoint import STATE_KEY, random_state, restore_random_state
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import replace_atomically, write_atomically
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
+
+
+def trained(tiny, cls):
+    trainer = tiny.trainer(cls, num_epochs=2, num_iterations_per_epoch=1)
+    trainer.run_training()
+    return trainer
+
+
+def test_stock_keys_and_ours(tiny, trainer_class):
+    trainer = trained(tiny, trainer_class)
+    checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
+    stock = tiny.trainer(nnUNetTrainer)
+    stock.initialize()
+    stock.save_checkpoint(f"{tiny.root}/stock.pth")
+    expected = torch.load(f"{tiny.root}/stock.pth", weights_only=False)
+    assert set(checkpoint) == set(expected) | {STATE_KEY}
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+    assert checkpoint["network_weights"].keys() == expected["network_weights"].keys()
+    assert checkpoint[STATE_KEY]["trainer"] == trainer_class.__name__
+    assert checkpoint[STATE_KEY]["hyperparameters"]["num_epochs"] == 2
+
+
+def test_our_state_holds_tensors_and_plain_values_only(tiny):
+    trainer = trained(tiny, nnUNetTrainerSemiTC)
+    checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
+    file = tiny.root / "state.pth"
+    torch.save(checkpoint[STATE_KEY], file)
+    torch.load(file, weights_only=True)
+
+
+def test_a_changed_network_keeps_its_trainer_name(tiny):
+    class OtherNetwork(nnUNetTrainerSupervised):
+        @staticmethod
+        def build_network_architecture(*arguments, **keywords):
+            return nnUNetTrainer.build_network_architecture(*arguments, **keywords)
+
+    trainer = trained(tiny, OtherNetwork)
+    checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "OtherNetwork"
+
+
+def test_another_trainers_checkpoint_is_refused(tiny):
+    file = f"{trained(tiny, nnUNetTrainerSupervised).output_folder}/checkpoint_final.pth"
+    other = tiny.trainer(nnUNetTrainerSemiTC)
+    with pytest.raises(UserError, match="written by nnUNetTrainerSupervised, not by nnUNetTrainerSemiTC.*-pretrained"):
+        other.load_checkpoint(file)
+    stock = tiny.trainer(nnUNetTrainer)
+    stock.initialize()
+    stock.save_checkpoint(f"{tiny.root}/stock.pth")
+    with pytest.raises(UserError, match="a trainer of another package"):
+        tiny.trainer(nnUNetTrainerSemiTC).load_checkpoint(f"{tiny.root}/stock.pth")
+
+
+def test_pretrained_weights_start_the_second_stage(tiny):
+    supervised = trained(tiny, nnUNetTrainerSupervised)
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.0)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, f"{supervised.output_folder}/checkpoint_final.pth")
+    assert torch.equal(
+        trainer.network.encoder.stages[0][0].convs[0].conv.weight,
+        supervised.network.encoder.stages[0][0].convs[0].conv.weight,
+    )
+    assert trainer.in_second_stage
+
+
+def test_checkpointing_can_be_disabled(tiny):
+    trainer = tiny.trainer(TRAINERS[0], num_epochs=1)
+    trainer.disable_checkpointing = True
+    trainer.run_training()
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
+
+
+def test_random_state_round_trip():
+    state = random_state(torch.device("cpu"))
+    first = (torch.rand(3), np.random.rand(3), np.random.normal())
+    restore_random_state(state, torch.device("cpu"))
+    second = (torch.rand(3), np.random.rand(3), np.random.normal())
+    assert torch.equal(first[0], second[0])
+    assert np.array_equal(first[1], second[1])
+    assert first[2] == second[2]
+
+
+def test_a_failed_write_leaves_the_previous_version(tmp_path):
+    file = tmp_path / "checkpoint.pth"
+    write_atomically(str(file), b"old")
+
+    def half(temporary: str) -> None:
+        Path(temporary).write_bytes(b"ne")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        replace_atomically(str(file), half)
+    assert file.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+    write_atomically(str(file), b"new")
+    assert file.read_bytes() == b"new"
+
+
+def test_a_kill_while_saving_leaves_the_previous_checkpoint(tiny, monkeypatch):
+    trainer = trained(tiny, nnUNetTrainerSupervised)
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    before = file.read_bytes()
+    real = torch.save
+
+    def killed(obj, name, *arguments, **keywords):
+        real(obj, name, *arguments, **keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(str(file))
+    assert file.read_bytes() == before

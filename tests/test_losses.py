@@ -1,0 +1,98 @@
+"""Losses against numpy and against loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+
+from nnunet_ssl.losses import SMOOTH, SoftIoULoss, downsample_target, probabilities, soft_iou_loss
+
+SHAPES = [(6, 5), (4, 3, 5)]
+
+
+def random_probabilities(shape, classes=3, seed=0):
+    logits = torch.randn(2, classes, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return probabilities(logits, has_regions=False)
+
+
+def soft_iou_by_hand(p, q, mask):
+    """1 - mean over images and classes, in plain loops."""
+    values = []
+    for b in range(p.shape[0]):
+        for k in range(p.shape[1]):
+            overlap = union = 0.0
+            for x, y, m in zip(p[b, k].ravel(), q[b, k].ravel(), mask[b, 0].ravel()):
+                if m:
+                    overlap += x * y
+                    union += x + y - x * y
+            values.append((overlap + SMOOTH) / (union + SMOOTH))
+    return 1 - np.mean(values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_soft_iou_equals_loops(shape):
+    p, q = random_probabilities(shape), random_probabilities(shape, seed=1)
+    mask = torch.rand(2, 1, *shape) > 0.3
+    everything = np.ones_like(mask.numpy())
+    assert soft_iou_loss(p, q).item() == pytest.approx(soft_iou_by_hand(p.numpy(), q.numpy(), everything))
+    assert soft_iou_loss(p, q, mask).item() == pytest.approx(soft_iou_by_hand(p.numpy(), q.numpy(), mask.numpy()))
+
+
+def test_soft_iou_closed_forms():
+    one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, (2, 8, 8)), 3).movedim(-1, 1).double()
+    assert soft_iou_loss(one_hot, one_hot).item() == pytest.approx(0.0)
+    half = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+    half[:, 0, :2], half[:, 1, 2:] = 1.0, 1.0
+    shifted = half.roll(1, dims=2)
+    # Per class 4 voxels agree of a union of 12.
+    assert soft_iou_loss(half, shifted).item() == pytest.approx(1 - (4 + SMOOTH) / (12 + SMOOTH))
+    absent = torch.zeros(1, 1, 4, 4)
+    assert soft_iou_loss(absent, absent).item() == 0.0
+
+
+def test_soft_iou_gradient_is_correct_and_symmetric():
+    p, q = random_probabilities((3, 3)).requires_grad_(), random_probabilities((3, 3), seed=1).requires_grad_()
+    mask = torch.rand(2, 1, 3, 3) > 0.3
+    assert torch.autograd.gradcheck(lambda a, b: soft_iou_loss(a, b, mask), (p, q))
+    assert soft_iou_loss(p, q, mask).item() == pytest.approx(soft_iou_loss(q, p, mask).item())
+
+
+@pytest.mark.parametrize("ignore_label", [None, 3])
+def test_soft_iou_module_on_label_maps(ignore_label):
+    logits = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    target = torch.randint(0, 3 if ignore_label is None else 4, (2, 1, 6, 6)).to(torch.int16)
+    keep = (target != 3).numpy()
+    one_hot = np.stack([(target[:, 0] == k).numpy() for k in range(3)], 1).astype(float)
+    p = np.exp(logits.numpy())
+    expected = soft_iou_by_hand(p / p.sum(1, keepdims=True), one_hot, keep)
+    assert SoftIoULoss(False, ignore_label)(logits, target).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ignore_label", [None, 3])
+def test_soft_iou_module_on_regions(ignore_label):
+    logits = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    target = torch.rand(2, 2 + (ignore_label is not None), 6, 6) > 0.5
+    keep = ~target[:, -1:].numpy() if ignore_label is not None else np.ones((2, 1, 6, 6), bool)
+    expected = soft_iou_by_hand(1 / (1 + np.exp(-logits.numpy())), target[:, :2].numpy().astype(float), keep)
+    assert SoftIoULoss(True, ignore_label)(logits, target).item() == pytest.approx(expected)
+
+
+def test_probabilities_are_float32_under_autocast():
+    logits = torch.randn(1, 3, 4, 4).to(torch.bfloat16)
+    for regions in (True, False):
+        assert probabilities(logits, regions).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (8, 16, 12)])
+def test_downsampled_targets_equal_those_of_nnunets_loader(shape):
+    target = torch.randint(0, 5, (2, 1, *shape)).to(torch.int16)
+    scales = [[1.0] * len(shape), [0.5] * len(shape), [0.25] * len(shape)]
+    shapes = [tuple(round(side * s) for side, s in zip(shape, scale)) for scale in scales]
+    ours = downsample_target(target, shapes)
+    transform = DownsampleSegForDSTransform(scales)
+    for b in range(2):
+        theirs = transform(segmentation=target[b])["segmentation"]
+        for level in range(3):
+            assert torch.equal(ours[level][b], theirs[level])

@@ -1,0 +1,214 @@
+"""The base trainer: augmentation options, warnings, logging, stages, and how nnU-Net finds it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PATCHES, TinyDataset, make_dataset_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_ssl.augmentation import Augmentation, warning_about_sides
+from nnunet_ssl.cli import main
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.label_names import labels_that_name_sides
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
+from nnunet_ssl.term_logger import TermLogger
+from nnunet_ssl.trainers_folder import trainers_folder
+
+
+def log_of(trainer) -> str:
+    return Path(trainer.log_file).read_text()
+
+
+# ---- augmentation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_unset_options_leave_nnunets_choices(tmp_path, patch):
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    ours = tiny.trainer(nnUNetTrainerSupervised).configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    stock = tiny.trainer(nnUNetTrainer).configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert ours.rotation == stock[0]
+    assert ours.slice_by_slice == stock[1]
+    assert list(ours.initial_patch_size) == list(stock[2])
+    assert ours.mirror_axes == stock[3]
+
+
+def test_options_change_rotation_and_mirroring_everywhere(tiny, trainer_class):
+    trainer = tiny.trainer(trainer_class, rotation_degrees=15, mirror_axes=[], num_epochs=1, supervised_fraction=0.0)
+    trainer.run_training()
+    assert trainer._augmentation.rotation == pytest.approx((-np.pi / 12, np.pi / 12))
+    loaders = [trainer.dataloader_train] + [trainer.dataloader_unlabeled] * trainer.uses_unlabeled
+    for loader in loaders:
+        assert "MirrorTransform" not in str(loader.data_loader.transforms)
+    checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] is None
+    some = tiny.trainer(trainer_class, mirror_axes=[1])
+    assert some.configure_rotation_dummyDA_mirroring_and_inital_patch_size().mirror_axes == (1,)
+    assert some.inference_allowed_mirroring_axes == (1,)
+
+
+def test_a_mirroring_axis_that_is_not_there(tiny):
+    with pytest.raises(UserError, match=r"mirror_axes is \[2\], but the patches have the axes \[0, 1\] only"):
+        tiny.trainer(TRAINERS[0], mirror_axes=[2]).configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+
+
+@pytest.mark.parametrize("name", ["left_lung", "Kidney-R", "LungRight", "l atrium", "RIGHT_X", "sin. lung"])
+def test_names_of_sides(name):
+    assert labels_that_name_sides([name, "liver", "cortical layer", "relapse", "bright spot"]) == [name]
+
+
+def test_warning_about_sides():
+    quiet = Augmentation((-0.2, 0.2), False, (1, 1), None)
+    for loud in (quiet._replace(mirror_axes=(0,)), quiet._replace(rotation=(-3.1, 3.1))):
+        assert "left_lung" in warning_about_sides({"left_lung": 1}, loud)
+        assert warning_about_sides({"lung": 1}, loud) == ""
+    assert warning_about_sides({"left_lung": 1}, quiet) == ""
+
+
+def test_the_warning_reaches_the_log(tiny):
+    tiny.dataset_json = make_dataset_json({"background": 0, "left": 1, "right": 2})
+    trainer = tiny.trainer(TRAINERS[0])
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert "WARNING: the labels left, right tell left from right" in log_of(trainer)
+
+
+# ---- stages and logging -------------------------------------------------------------------------------------------
+
+
+def test_stages_and_the_log(tiny):
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5)
+    trainer.run_training()
+    rates = trainer.logger.get_value("lrs", step=None)
+    assert rates[0] == rates[2] == trainer.initial_lr
+    assert rates[1] == rates[3] < rates[0]
+    consistency = trainer.logger.get_value("loss_consistency", step=None)
+    assert np.isnan(consistency[:2]).all()
+    assert np.isfinite(consistency[2:]).all()
+    losses, supervised = (trainer.logger.get_value(k, step=None) for k in ("train_losses", "loss_supervised"))
+    assert losses[1] == pytest.approx(supervised[1], abs=1e-5)
+    assert losses[3] == pytest.approx(supervised[3] + consistency[3], abs=1e-5)
+    text = log_of(trainer)
+    assert "Training with 5 unlabeled cases (3 hidden label, 2 imagesUn)" in text
+    assert "Stage 2: the semi-supervised terms are on" in text
+    assert "Hyper-parameters: {'num_epochs': 4" in text
+    assert f"consistency {consistency[3]:.4f}" in text
+
+
+def test_progress_of_a_stage(tiny):
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5)
+    seen = []
+    trainer.after_step = lambda: seen.append((trainer.in_second_stage, trainer.stage_progress))
+    trainer.run_training()
+    assert seen == [
+        (False, 0.0),
+        (False, 0.25),
+        (False, 0.5),
+        (False, 0.75),
+        (True, 0.0),
+        (True, 0.25),
+        (True, 0.5),
+        (True, 0.75),
+    ]
+
+
+def test_progress_png_shows_the_terms(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+    from PIL import Image
+
+    plain, ours = LocalLogger(), TermLogger(("supervised", "consistency"))
+    for logger in (plain, ours):
+        for key in logger.my_fantastic_logging:
+            logger.my_fantastic_logging[key] = [float("nan"), 0.5, 0.4]
+    sizes = []
+    for logger in (plain, ours):
+        logger.plot_progress_png(str(tmp_path))
+        with Image.open(tmp_path / "progress.png") as image:
+            sizes.append(image.size)
+    assert sizes[1][0] == sizes[0][0]
+    assert sizes[1][1] > sizes[0][1] * 1.2
+    assert os.listdir(tmp_path) == ["progress.png"]
+
+
+def test_bfloat16_on_the_cpu_is_off_by_default(tiny):
+    assert not torch.is_autocast_enabled("cpu")
+    for option, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        trainer = tiny.trainer(TRAINERS[0], cpu_bfloat16=option)
+        trainer.initialize()
+        with trainer.autocast():
+            outputs = trainer.network(torch.randn(1, 1, *tiny.patch))
+        assert outputs[0].dtype == expected
+
+
+def test_cascades_are_refused_before_anything_is_written(tiny):
+    tiny.plans["configurations"]["2d"]["previous_stage"] = "2d"
+    with pytest.raises(UserError, match="cascade needs the previous stage's segmentation of every unlabeled case"):
+        tiny.trainer(nnUNetTrainerSemiTC)
+
+
+# ---- how nnU-Net finds the trainers -------------------------------------------------------------------------------
+
+
+def test_nnunet_finds_every_trainer_and_they_can_be_pickled(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    for trainer in TRAINERS:
+        found = recursive_find_trainer_class_by_name(trainer.__name__)
+        assert found is trainer
+        assert pickle.loads(pickle.dumps(found)) is trainer
+
+
+def test_the_folder_re_exports_every_trainer_and_nothing_else():
+    namespace: dict = {}
+    (file,) = trainers_folder().glob("*.py")
+    exec(file.read_text(), namespace)
+    assert set(namespace["__all__"]) == {t.__name__ for t in TRAINERS}
+
+
+def test_the_wrong_folder_is_explained(tmp_path):
+    """Pointing nnU-Net at the repository imports the package twice, and the copy cannot be pickled."""
+    root = Path(__file__).parent.parent
+    code = (
+        "import torch, json\n"
+        "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
+        "cls = find('nnUNetTrainerSemiTC')\n"
+        "cls({}, '2d', 0, {}, torch.device('cpu'))\n"
+    )
+    environment = {**os.environ, "nnUNet_extTrainer": str(root)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "through the wrong folder" in result.stderr
+    assert 'eval "$(nnunet-ssl env)"' in result.stderr
+
+
+def test_env_prints_a_line_for_the_shell(capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", f"/other{os.pathsep}{trainers_folder()}")
+    assert main(["env"]) == 0
+    assert capsys.readouterr().out == f"export nnUNet_extTrainer={trainers_folder()}{os.pathsep}/other\n"
+
+
+def test_trainers_lists_every_trainer_and_hyperparameter(capsys):
+    assert main(["trainers"]) == 0
+    listed = capsys.readouterr().out
+    assert all(t.__name__ in listed for t in TRAINERS)
+    assert main(["trainers", "SemiTC"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in nnUNetTrainerSemiTC.hyperparameters_class().as_dict())
+    assert main(["trainers", "nnUNetTrainerNone"]) == 2
+    assert "there are nnUNetTrainerSupervised" in capsys.readouterr().err
+
+
+def test_every_verb_explains_itself(capsys):
+    for verb in ([], ["env"], ["trainers"], ["preprocess"], ["split"], ["configure"], ["demo"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*verb, "--help"])
+        assert stop.value.code == 0
+        assert len(capsys.readouterr().out) > 100

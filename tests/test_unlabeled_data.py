@@ -1,0 +1,175 @@
+"""Which cases count as unlabeled, and the image-only loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from conftest import PATCHES, TinyDataset
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSemiTCPlus, nnUNetTrainerSupTC
+from nnunet_ssl.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX
+from nnunet_ssl.unlabeled_data import UnlabeledCase, UnlabeledDataLoader, UnlabeledDataset, describe_cases
+
+
+def found(trainer) -> dict[str, str]:
+    return {case.identifier: case.source for case in trainer._find_unlabeled_cases()}
+
+
+def change_split(tiny: TinyDataset, **parts) -> None:
+    file = str(tiny.base / "splits_final.json")
+    (split,) = load_json(file)
+    save_json([{k: v for k, v in {**split, **parts}.items() if v is not None}], file)
+
+
+def remove_unlabeled_images(tiny: TinyDataset) -> None:
+    shutil.rmtree(str(tiny.folder) + UNLABELED_SUFFIX)
+
+
+def test_sources(tiny):
+    expected = dict.fromkeys(tiny.hidden, "hidden label") | dict.fromkeys(tiny.unlabeled, "imagesUn")
+    assert found(tiny.trainer(nnUNetTrainerSemiTC)) == expected
+    test_images = Path(str(tiny.folder) + TEST_SUFFIX)
+    shutil.copytree(str(tiny.folder) + UNLABELED_SUFFIX, test_images)
+    for case in tiny.unlabeled:
+        (test_images / f"{case}.b2nd").rename(test_images / f"test_{case}.b2nd")
+    transductive = dict.fromkeys(tiny.validation, "validation image")
+    transductive |= {f"test_{case}": "imagesTs" for case in tiny.unlabeled}
+    assert found(tiny.trainer(nnUNetTrainerSemiTCPlus)) == expected | transductive
+    assert found(tiny.trainer(nnUNetTrainerSemiTC)) == expected
+    assert found(tiny.trainer(nnUNetTrainerSemiTC, fold="all")) == dict.fromkeys(tiny.unlabeled, "imagesUn")
+
+
+def test_the_supervised_trainers_need_none(tiny):
+    remove_unlabeled_images(tiny)
+    change_split(tiny, unlabeled=None)
+    trainer = tiny.trainer(nnUNetTrainerSupTC)
+    trainer.on_train_start()
+    assert trainer.dataloader_unlabeled is None
+
+
+def test_no_unlabeled_case_names_three_ways(tiny):
+    remove_unlabeled_images(tiny)
+    change_split(tiny, unlabeled=None)
+    trainer = tiny.trainer(nnUNetTrainerSemiTC)
+    with pytest.raises(UserError, match=r"imagesUn/.*nnunet-ssl preprocess.*nnunet-ssl split.*nnUNetTrainerSemiTCPlus"):
+        trainer.run_training()
+
+
+def test_unlabeled_images_not_preprocessed_yet(tiny):
+    remove_unlabeled_images(tiny)
+    raw = tiny.root / "nnUNet_raw" / "Dataset900_Tiny" / "imagesUn"
+    raw.mkdir()
+    (raw / "x_0000.png").touch()
+    with pytest.raises(UserError, match=r"imagesUn/ holds 1 files, but none is preprocessed.*nnunet-ssl preprocess"):
+        tiny.trainer(nnUNetTrainerSemiTC)._find_unlabeled_cases()
+    shutil.move(raw, raw.with_name("imagesTs"))
+    with pytest.raises(UserError, match=r"imagesTs/ holds 1 files.*preprocess --test-images"):
+        tiny.trainer(nnUNetTrainerSemiTCPlus)._find_unlabeled_cases()
+
+
+def test_images_made_with_other_plans_are_refused(tiny):
+    file = Path(str(tiny.folder) + UNLABELED_SUFFIX) / SETTINGS_FILE
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "spacing": [2.0, 2.0]}))
+    with pytest.raises(UserError, match=r"other settings than the plans ask for \(different: spacing\).*--overwrite"):
+        tiny.trainer(nnUNetTrainerSemiTC)._find_unlabeled_cases()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"unlabeled": ["hid_0", "lab_0"]}, r"1 labeled cases of the fold are unlabeled cases too, e.g. lab_0"),
+        ({"unlabeled": ["hid_0", "val_1"]}, r"1 validation cases of the fold are unlabeled cases too, e.g. val_1"),
+        ({"unlabeled": ["hid_0", "gone"]}, r"1 cases of the fold \(hidden label\) are not preprocessed.*gone"),
+        ({"unlabeled": ["hid_0", "hid_0"]}, r"hid_0 counts as unlabeled twice"),
+    ],
+)
+def test_leaks_and_gaps_are_refused(tiny, parts, message):
+    change_split(tiny, **parts)
+    with pytest.raises(UserError, match=message):
+        tiny.trainer(nnUNetTrainerSemiTC)._find_unlabeled_cases()
+
+
+def test_describe_cases():
+    cases = [UnlabeledCase(str(i), "", "imagesUn" if i else "hidden label") for i in range(3)]
+    assert describe_cases(cases) == "3 unlabeled cases (1 hidden label, 2 imagesUn)"
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_loader_yields_patches_of_the_images_alone(tmp_path, patch):
+    tiny = TinyDataset(tmp_path, PATCHES[patch], channels=2)
+    cases = [UnlabeledCase(c, str(tiny.folder), "hidden label") for c in tiny.hidden]
+    for case in tiny.hidden:
+        (tiny.folder / f"{case}_seg.b2nd").unlink()
+        (tiny.folder / f"{case}.pkl").unlink()
+    labels = tiny.trainer(nnUNetTrainerSupTC).label_manager
+    dataset = UnlabeledDataset(cases)
+    loader = UnlabeledDataLoader(dataset, 3, tiny.patch, tiny.patch, labels)
+    batch = next(loader)
+    assert sorted(batch) == ["data", "keys"]
+    assert batch["data"].shape == (3, 2, *tiny.patch)
+    assert batch["data"].dtype == torch.float32
+    assert set(batch["keys"]) <= set(tiny.hidden)
+    # The patch is the size of the image, so every example is a whole image.
+    for key, patch_data in zip(batch["keys"], batch["data"]):
+        whole = np.asarray(dataset.load_image(key)[:]).reshape(2, *tiny.patch)
+        np.testing.assert_array_equal(patch_data.numpy(), whole)
+
+
+def test_loader_pads_images_smaller_than_the_patch(tiny):
+    cases = [UnlabeledCase(c, str(tiny.folder), "hidden label") for c in tiny.hidden]
+    labels = tiny.trainer(nnUNetTrainerSupTC).label_manager
+    batch = next(UnlabeledDataLoader(UnlabeledDataset(cases), 2, (48, 40), (48, 40), labels))
+    assert batch["data"].shape == (2, 1, 48, 40)
+    assert (batch["data"][:, :, :8] == 0).all()
+
+
+def test_mask_is_found_from_the_image(tiny):
+    seen = {}
+
+    def transforms(**data):
+        seen.update(data)
+        return data
+
+    image = np.zeros((1, *tiny.shape), np.float32)
+    image[..., 10:20, 5:9] = 2.0
+    tiny._write_blosc(tiny.folder / "hid_0.b2nd", image)
+    labels = tiny.trainer(nnUNetTrainerSupTC).label_manager
+    dataset = UnlabeledDataset([UnlabeledCase("hid_0", str(tiny.folder), "hidden label")])
+    next(UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, labels, transforms, mask_outside=True))
+    assert seen["segmentation"].shape == (1, *tiny.patch)
+    assert (seen["segmentation"] == torch.where(seen["image"] != 0, 0, -1)).all()
+
+
+def test_unlabeled_images_are_augmented_like_labeled_ones(tiny):
+    trainer = tiny.trainer(nnUNetTrainerSemiTC)
+    trainer.on_train_start()
+    ours = str(trainer.dataloader_unlabeled.data_loader.transforms)
+    theirs = str(trainer.dataloader_train.data_loader.transforms)
+    assert ours.count("RandomTransform") == theirs.count("RandomTransform") > 0
+
+
+@pytest.mark.parametrize(("planned", "labeled", "unlabeled"), [(1, 1, 1), (2, 1, 1), (5, 3, 2), (8, 4, 4)])
+def test_the_batch_is_shared_between_labeled_and_unlabeled(tiny, planned, labeled, unlabeled):
+    tiny.plans["configurations"]["2d"]["batch_size"] = planned
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.0, num_epochs=1)
+    trainer.run_training()
+    assert (trainer.batch_size, trainer.unlabeled_batch_size) == (labeled, unlabeled)
+    # nnU-Net centers 1 of 2 examples on a structure; one alone must get its turn too.
+    assert trainer.probabilistic_oversampling
+    stock_centered = planned - round(planned * 0.67)
+    assert trainer.oversample_foreground_percent == pytest.approx(stock_centered / planned)
+
+
+def test_background_workers(tiny, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.0, num_epochs=1)
+    trainer.run_training()
+    assert len(trainer.logger.get_value("loss_consistency", step=None)) == 1
