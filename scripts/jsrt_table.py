@@ -56,16 +56,17 @@ def prepare(arguments: argparse.Namespace, commands: Commands, dataset: str) -> 
     if not (raw / dataset).exists():
         os.symlink(arguments.data.resolve(), raw / dataset, target_is_directory=True)
     preprocessed = arguments.out / "nnUNet_preprocessed" / dataset
+    number = str(int(dataset[7:10]))
     if not (preprocessed / "nnUNetPlans.json").exists():
-        commands.run("nnUNetv2_extract_fingerprint", "-d", dataset, "-np", "2")
-        commands.run("nnUNetv2_plan_experiment", "-d", dataset)
+        commands.run("nnUNetv2_extract_fingerprint", "-d", number, "-np", "2")
+        commands.run("nnUNetv2_plan_experiment", "-d", number)
     small = "nnUNetPlansSmall"
     sizes = {"downscale": "downscale", "batch-size": "batch_size", "base-features": "base_features"}
     sizes["max-features"] = "max_features"
     if not (preprocessed / f"{small}.json").exists():
         options = [w for flag, name in sizes.items() for w in (f"--{flag}", str(getattr(arguments, name)))]
         commands.run("nnunet-ssl", "configure", "-d", dataset, "-o", small, "-c", CONFIGURATION, *options)
-        commands.run("nnUNetv2_preprocess", "-d", dataset, "-c", CONFIGURATION, "-plans_name", small, "-np", "2")
+        commands.run("nnUNetv2_preprocess", "-d", number, "-c", CONFIGURATION, "-plans_name", small, "-np", "2")
     budget = [f"num_epochs={arguments.epochs}", f"num_iterations_per_epoch={arguments.iterations}"]
     common = [*budget, "num_val_iterations_per_epoch=1", "cpu_bfloat16=true", "seed=1", *arguments.settings]
     for augmentation in arguments.augmentations:

@@ -104,7 +104,7 @@ def test_configure_writes_a_plans_file(preprocessed, capsys):
     assert configure() == 2
     assert "exists already" in capsys.readouterr().err
     assert configure("--overwrite", "-c", "2d", "--downscale", "2") == 0
-    assert "nnUNetv2_preprocess -d Dataset900_Tiny -c 2d -plans_name Quick" in capsys.readouterr().out
+    assert "nnUNetv2_preprocess -d 900 -c 2d -plans_name Quick" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
