@@ -48,8 +48,8 @@ def test_our_state_holds_tensors_and_plain_values_only(tiny):
 def test_a_changed_network_keeps_its_trainer_name(tiny):
     class OtherNetwork(nnUNetTrainerSupervised):
         @staticmethod
-        def build_network_architecture(*arguments, **keywords):
-            return nnUNetTrainer.build_network_architecture(*arguments, **keywords)
+        def build_network_architecture(plans_manager, *arguments, **keywords):
+            return nnUNetTrainer.build_network_architecture(plans_manager, *arguments, **keywords)
 
     trainer = trained(tiny, OtherNetwork)
     checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
@@ -59,7 +59,7 @@ def test_a_changed_network_keeps_its_trainer_name(tiny):
 def test_another_trainers_checkpoint_is_refused(tiny):
     file = f"{trained(tiny, nnUNetTrainerSupervised).output_folder}/checkpoint_final.pth"
     other = tiny.trainer(nnUNetTrainerSemiTC)
-    with pytest.raises(UserError, match="written by nnUNetTrainerSupervised, not by nnUNetTrainerSemiTC.*-pretrained"):
+    with pytest.raises(UserError, match=r"written by nnUNetTrainerSupervised, not by nnUNetTrainerSemiTC.*-pretrained"):
         other.load_checkpoint(file)
     stock = tiny.trainer(nnUNetTrainer)
     stock.initialize()

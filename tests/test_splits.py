@@ -101,7 +101,5 @@ def test_broken_splits_file(dataset, capsys, content):
 
 
 def test_too_few_cases(tmp_path):
-    with pytest.raises(
-        UserError, match="has 3 labeled cases; nnU-Net's default folds need at least 5. Train fold 'all'"
-    ):
+    with pytest.raises(UserError, match=r"has 3 labeled cases; .* need at least 5\. Train fold 'all'"):
         load_or_make_splits(str(tmp_path / "splits_final.json"), CASES[:3])

@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     write_atomically(str(file), json.dumps(plans, indent=4).encode())
     print(f"Written to {file}; train with -p {arguments.output}")
     if arguments.downscale > 1:
-        command = f"nnUNetv2_preprocess -d {int(name[7:10])} -c {arguments.configuration} -plans_name {arguments.output}"
+        command = (
+            f"nnUNetv2_preprocess -d {int(name[7:10])} -c {arguments.configuration} -plans_name {arguments.output}"
+        )
         print(f"Preprocess first: {command}")
     return 0
 

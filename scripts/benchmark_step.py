@@ -1,0 +1,223 @@
+#!/usr/bin/env python
+"""Cost of a training step beside the stock trainer's, and of the fields beside batchgeneratorsv2's elastic transform.
+
+Every figure is a ratio of two things measured in turns in one run, on noise that lies ready in memory. "stock" is
+nnUNetTrainer's step on as many samples as both branches process together, with the same network.
+
+    python scripts/benchmark_step.py [--device cuda] [--repetitions 15]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_ssl.methods import nnUNetTrainerSemiTC
+from nnunet_ssl.plans import shrink
+from nnunet_ssl.spatial import align_displacements, sample_displacement, warp
+
+# Patch, batch (labeled + unlabeled) and the stages nnU-Net plans for such a patch.
+CASES = {"2d 256x256": ((256, 256), 4, 7), "3d 64x64x64": ((64, 64, 64), 2, 5)}
+NUM_LABELS = 4
+
+
+def make_plans(patch: tuple[int, ...], stages: int) -> dict:
+    """nnU-Net's default network for a patch, as its planner writes it."""
+    dims = len(patch)
+    largest = 512 if dims == 2 else 320
+    kernel, stride = [[3] * dims] * stages, [[1] * dims] + [[2] * dims] * (stages - 1)
+    name = "2d" if dims == 2 else "3d_fullres"
+    resampling = dict.fromkeys(("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"), "none")
+    configuration = {
+        "data_identifier": f"nnUNetPlans_{name}",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": list(patch),
+        "spacing": [1.0] * dims,
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        **resampling,
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": {
+                "n_stages": stages,
+                "features_per_stage": [min(32 * 2**i, largest) for i in range(stages)],
+                "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
+                "kernel_sizes": kernel,
+                "strides": stride,
+                "n_conv_per_stage": [2] * stages,
+                "n_conv_per_stage_decoder": [2] * (stages - 1),
+                "conv_bias": True,
+                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
+                "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+            },
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+        "batch_dice": dims == 2,
+    }
+    return {
+        "dataset_name": "Dataset900_Benchmark",
+        "plans_name": "nnUNetPlans",
+        "configurations": {name: configuration},
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {},
+    }
+
+
+def make_trainer(
+    cls: type, patch: tuple[int, ...], stages: int, batch_size: int, device: torch.device
+) -> nnUNetTrainer:
+    plans = make_plans(patch, stages)
+    (name,) = plans["configurations"]
+    plans = shrink(plans, name, batch_size=batch_size) | {"continue_training": False}
+    # Only the second stage costs more than the stock trainer; every transform moves something.
+    plans["ssl"] = {"supervised_fraction": 0.0, "identity_probability": 0.0}
+    labels = {"background": 0, **{f"structure {i}": i for i in range(1, NUM_LABELS)}}
+    dataset_json = {"channel_names": {"0": "x"}, "labels": labels, "file_ending": ".nii.gz"}
+    trainer = cls(plans, name, 0, dataset_json, device)
+    # initialize looks into the folder to see how the data are stored.
+    Path(trainer.preprocessed_dataset_folder).mkdir(parents=True, exist_ok=True)
+    (Path(trainer.preprocessed_dataset_folder) / "x.b2nd").touch()
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(True)
+    trainer.network.train()
+    return trainer
+
+
+def make_step(cls: type, patch: tuple[int, ...], batch: int, stages: int, device: torch.device) -> Callable[[], object]:
+    """A function that does one training step on a batch in memory."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        # Both branches process 2 * batch samples together; the stock trainer gets as many.
+        trainer = make_trainer(cls, patch, stages, batch if cls is nnUNetTrainerSemiTC else 2 * batch, device)
+    data = torch.randn(trainer.batch_size, 1, *patch)
+    target = torch.randint(0, NUM_LABELS, (trainer.batch_size, 1, *patch)).to(torch.int16)
+    if cls is nnUNetTrainerSemiTC:
+        unlabeled = {"data": torch.randn(trainer.unlabeled_batch_size, 1, *patch), "keys": []}
+        trainer.dataloader_unlabeled = iter(lambda: unlabeled, None)
+        return lambda: trainer.train_step({"data": data, "target": target, "keys": []})
+    scales = trainer._get_deep_supervision_scales()
+    shapes = [[round(side * s) for side, s in zip(patch, scale)] for scale in scales]
+    targets = [
+        torch.nn.functional.interpolate(target.float(), s, mode="nearest-exact").to(target.dtype) for s in shapes
+    ]
+    return lambda: trainer.train_step({"data": data, "target": targets, "keys": []})
+
+
+def time_in_turns(functions: list[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
+    """Median seconds of each function; they take turns, so that a busy machine slows all of them alike."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repetition in range(repetitions + 2):
+        for function, seconds in zip(functions, times):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repetition >= 2:  # the first two warm up
+                seconds.append(time.perf_counter() - start)
+    return [median(seconds) for seconds in times]
+
+
+def compare_steps(device: torch.device, repetitions: int) -> None:
+    for name, (patch, batch, stages) in CASES.items():
+        steps = [make_step(cls, patch, batch, stages, device) for cls in (nnUNetTrainer, nnUNetTrainerSemiTC)]
+        stock, ours = time_in_turns(steps, repetitions, device)
+        print(f"step {name}, {2 * batch} samples: stock {stock:.3f} s, SemiTC {ours:.3f} s, ratio {ours / stock:.3f}")
+
+
+def compare_fields(repetitions: int) -> None:
+    """Two fields, both warps and the alignment of a pair of branches, beside two SpatialTransforms; one core."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    for name, (patch, _, _) in CASES.items():
+        image = torch.randn(1, 1, *patch)
+        generator = torch.Generator().manual_seed(0)
+        elastic = SpatialTransform(
+            patch, 0, False, p_elastic_deform=1.0, elastic_deform_scale=(0.1, 0.1), elastic_deform_magnitude=(5.0, 5.0)
+        )
+
+        def ours(image: torch.Tensor = image, patch: tuple[int, ...] = patch, g: torch.Generator = generator) -> None:
+            u1, u2 = (sample_displacement(1, patch, smoothness=0.1, displacement_std=0.02, generator=g) for _ in "12")
+            warp(image, u1)
+            warp(image, u2)
+            align_displacements(u1, u2)
+
+        def theirs(image: torch.Tensor = image[0], elastic: SpatialTransform = elastic) -> None:
+            elastic(image=image)
+            elastic(image=image)
+
+        reference, seconds = time_in_turns([theirs, ours], repetitions, device)
+        print(
+            f"fields {name}, a pair of branches, 1 core: batchgeneratorsv2 (no inverse) {1e3 * reference:.0f} ms, ours "
+            f"with alignment {1e3 * seconds:.0f} ms, {reference / seconds:.1f} times faster"
+        )
+
+
+def peak_memory(case: str, cls_name: str, device: torch.device) -> float:
+    """Peak memory of two steps in GB: of the device on CUDA, of this process beyond its start on the CPU."""
+    import resource
+
+    patch, batch, stages = CASES[case]
+    cls = {c.__name__: c for c in (nnUNetTrainer, nnUNetTrainerSemiTC)}[cls_name]
+    step = make_step(cls, patch, batch, stages, device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+
+
+def compare_memory(device: torch.device) -> None:
+    """Each in a process of its own: the peak of a process never falls."""
+    for case in CASES:
+        peaks = {}
+        for cls in (nnUNetTrainer, nnUNetTrainerSemiTC):
+            words = [sys.executable, __file__, "--device", device.type, "--memory-of", case, cls.__name__]
+            output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+            peaks[cls.__name__] = float(output.split()[-1])
+        stock, ours = peaks.values()
+        print(f"peak memory {case}: stock {stock:.2f} GB, SemiTC {ours:.2f} GB, ratio {ours / stock:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "TRAINER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            os.environ[name] = str(Path(folder) / name)
+        if arguments.memory_of:
+            print(peak_memory(*arguments.memory_of, device))
+            return
+        compare_memory(device)
+        compare_steps(device, arguments.repetitions)
+        compare_fields(arguments.repetitions)
+
+
+if __name__ == "__main__":
+    main()
