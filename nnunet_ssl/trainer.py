@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +20,7 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
@@ -49,7 +50,7 @@ class LossTerm(NamedTuple):
     weight: float
 
 
-class SemiSupervisedTrainer(nnUNetTrainer):
+class SemiSupervisedTrainer(nnUNetTrainer, ABC):
     """nnU-Net's trainer with a second loader, for cases without labels, and with named loss terms.
 
     The total batch is the plan's, shared between labeled and unlabeled examples in stage 2; a plan's batch of 1
@@ -79,6 +80,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     ) -> None:
         _check_imported_from_package()
         self.hp = self._read_hyperparameters(plans)
+        if self.uses_unlabeled and PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
+            raise UserError(
+                f"{type(self).__name__} cannot train {configuration}: a cascade needs the previous stage's "
+                f"segmentation of every unlabeled case. Train 2d, 3d_lowres or 3d_fullres."
+            )
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.hp.num_epochs
         self.num_iterations_per_epoch = self.hp.num_iterations_per_epoch
@@ -93,11 +99,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.generator = torch.Generator()
         self._iterations_done_in_epoch = 0
         self._random_state_to_restore: dict[str, Any] | None = None
-        if self.uses_unlabeled and self.is_cascaded:
-            raise UserError(
-                f"{type(self).__name__} cannot train {configuration}: a cascade needs the previous stage's "
-                f"segmentation of every unlabeled case. Train 2d, 3d_lowres or 3d_fullres."
-            )
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
 
     # ---- what a method implements ---------------------------------------------------------------------------------
@@ -298,8 +299,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Load nnU-Net's part and ours; random states are put back when training starts."""
         super().load_checkpoint(filename_or_checkpoint)
         state = read_state(filename_or_checkpoint, type(self).__name__)
-        self._random_state_to_restore = state["random_state"]
-        self.generator.set_state(state["generator"])
+        if self.local_rank == 0:
+            # The file holds rank 0's state. Other ranks must not draw the same transforms and cases.
+            self._random_state_to_restore = state["random_state"]
+            self.generator.set_state(state["generator"])
 
     # ---- tools for methods ------------------------------------------------------------------------------------------
 

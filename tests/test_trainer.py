@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from conftest import PATCHES, TinyDataset, make_dataset_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -19,7 +20,7 @@ from nnunet_ssl.augmentation import Augmentation, warning_about_sides
 from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.label_names import labels_that_name_sides
-from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised, nnUNetTrainerSupTC
 from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import trainers_folder
 
@@ -153,6 +154,35 @@ def test_cascades_are_refused_before_anything_is_written(tiny):
     tiny.plans["configurations"]["2d"]["previous_stage"] = "2d"
     with pytest.raises(UserError, match="cascade needs the previous stage's segmentation of every unlabeled case"):
         tiny.trainer(nnUNetTrainerSemiTC)
+    assert not list((tiny.root / "nnUNet_results" / "Dataset900_Tiny").iterdir())
+
+
+@pytest.mark.parametrize("supervised_loss", ["nnunet", "soft_iou"])
+@pytest.mark.parametrize("scenario", ["ignore", "regions", "regions and ignore"])
+def test_regions_and_ignore_label(tmp_path, trainer_class, scenario, supervised_loss):
+    tiny = TinyDataset(tmp_path, PATCHES["2d"], num_labels=4)
+    last = "ignore" if "ignore" in scenario else "rim"
+    labels = {"background": 0, "whole": [1, 2] if "regions" in scenario else 1, "core": 2, last: 3}
+    order = [1, 2, 3][: 2 if "ignore" in scenario else 3] if "regions" in scenario else None
+    tiny.dataset_json = make_dataset_json(labels, regions_order=order)
+    everywhere = np.argwhere(np.ones((1, *tiny.shape)))
+    for case in (*tiny.labeled, *tiny.validation):
+        locations = {1: everywhere, (-1, 0, 1, 2): everywhere}
+        save_pickle({"class_locations": locations}, str(tiny.folder / f"{case}.pkl"))
+    trainer = tiny.trainer(trainer_class, supervised_fraction=0.0, num_epochs=1, supervised_loss=supervised_loss)
+    trainer.run_training()
+    assert trainer.label_manager.has_regions == ("regions" in scenario)
+    assert trainer.label_manager.has_ignore_label == ("ignore" in scenario)
+    for name in trainer.term_names:
+        assert np.isfinite(trainer.logger.get_value(TermLogger.key(name), step=-1))
+
+
+def test_the_strength_of_the_transforms_is_said(tiny):
+    trainer = tiny.trainer(nnUNetTrainerSupTC, displacement_std=0.5, smoothness=0.2)
+    trainer.on_train_start()
+    assert "voxels (standard deviation per axis; 16.00, 16.00 asked for, less where fields are scaled" in log_of(
+        trainer
+    )
 
 
 # ---- how nnU-Net finds the trainers -------------------------------------------------------------------------------

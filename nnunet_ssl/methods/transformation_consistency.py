@@ -24,6 +24,9 @@ from nnunet_ssl.schedules import gaussian_ramp
 from nnunet_ssl.spatial import align_displacements, inside_mask, sample_displacement, warp
 from nnunet_ssl.trainer import LossTerm, SemiSupervisedTrainer
 
+# Enough fields to say their strength to a few percent, few enough to cost nothing.
+_NUM_FIELDS_SAID = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformationConsistencyParameters(HyperParameters):
@@ -59,6 +62,20 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
     hyperparameters_class: ClassVar[type[HyperParameters]] = TransformationConsistencyParameters
     term_names: ClassVar[tuple[str, ...]] = ("supervised", "consistency")
 
+    def on_train_start(self) -> None:
+        """Start, and say what the transforms are in voxels: fields that could fold are scaled down."""
+        super().on_train_start()
+        asked = [self.hp.displacement_std * side for side in self.configuration_manager.patch_size]
+        # A generator of its own, so that a resumed training draws what the interrupted one would have drawn.
+        sample = self._sample(_NUM_FIELDS_SAID, tuple(self.configuration_manager.patch_size), torch.Generator())
+        reached = sample.std(dim=[0, *range(2, sample.ndim)]).tolist()
+        moved = [axis for axis in range(len(asked)) if reached[axis] > 0]
+        self.print_to_log_file(
+            f"Elastic transforms: displacement of {', '.join(f'{reached[a]:.2f}' for a in moved) or '0'} voxels "
+            f"(standard deviation per axis; {', '.join(f'{asked[a]:.2f}' for a in moved) or '0'} asked for, less where "
+            f"fields are scaled down so that they cannot fold)"
+        )
+
     def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
         """S on both branches, and in stage 2 lambda C over labeled and unlabeled examples alike."""
         data, target = labeled["data"], labeled["target"]
@@ -82,17 +99,8 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
 
     def draw_displacement(self, data: Tensor) -> Tensor:
         """One branch's transforms t of a batch (B, C, *S): displacements (B, D, *S) in voxels."""
-        batch_size, spatial_shape = len(data), data.shape[2:]
-        displacement = sample_displacement(
-            batch_size,
-            spatial_shape,
-            smoothness=self.hp.smoothness,
-            displacement_std=self.hp.displacement_std,
-            generator=self.generator,
-            fixed_axes=(0,) if self.augments_slice_by_slice else (),
-            device=data.device,
-        )
-        moved = torch.rand(batch_size, generator=self.generator, device=self.generator.device)
+        displacement = self._sample(len(data), tuple(data.shape[2:]), self.generator).to(data.device)
+        moved = torch.rand(len(data), generator=self.generator, device=self.generator.device)
         moved = (moved >= self.hp.identity_probability).to(data.device)
         return displacement * moved.view(-1, *[1] * (displacement.ndim - 1))
 
@@ -109,6 +117,16 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         p1, p2 = probabilities(logits_1, regions), probabilities(logits_2, regions)
         alignment = align_displacements(u1, u2)
         return soft_iou_loss(warp(p1, alignment, self.hp.interpolation), p2, inside_mask(alignment))
+
+    def _sample(self, batch_size: int, spatial_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return sample_displacement(
+            batch_size,
+            spatial_shape,
+            smoothness=self.hp.smoothness,
+            displacement_std=self.hp.displacement_std,
+            generator=generator,
+            fixed_axes=(0,) if self.augments_slice_by_slice else (),
+        )
 
     def _build_loss(self) -> torch.nn.Module:
         loss = super()._build_loss()
