@@ -13,6 +13,7 @@ is float64), because 10 bits of mantissa cannot hold a voxel coordinate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -69,7 +70,8 @@ def sample_displacement(
         displacement_std: Standard deviation of each displacement component as a fraction of the side along it, before
             fields that could fold are scaled down. 0 gives the identity.
         generator: Source of the noise, on the device the noise is drawn on. The default generator if absent.
-        fixed_axes: Axes along which nothing moves (the slices of anisotropic images).
+        fixed_axes: Axes along which nothing moves and the field does not change: with the slices' axis of anisotropic
+            images, every slice is deformed alike, as nnU-Net's own augmentation does.
         max_strain: Bound on the largest absolute row sum of the displacement's gradient; must lie in (0, 1).
         device: Where to put the field; the generator's device if absent.
         dtype: A floating type.
@@ -112,7 +114,8 @@ def _sample(
     work: torch.dtype,
 ) -> Tensor:
     dims = len(spatial_shape)
-    sigmas = [max(smoothness * side, 1e-3) for side in spatial_shape]
+    # Infinitely smooth along fixed axes: one noise point serves all voxels.
+    sigmas = [math.inf if axis in fixed_axes else smoothness * side for axis, side in enumerate(spatial_shape)]
     noise_points = [_noise_positions(side, sigma, work, target) for side, sigma in zip(spatial_shape, sigmas)]
     noise = torch.randn(
         (batch_size, dims, *(len(p) for p in noise_points)), generator=generator, device=noise_device, dtype=work
@@ -312,6 +315,8 @@ def _check_sampling_arguments(
 
 def _noise_positions(side: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Where the noise of one axis lives, in voxels: centered on the patch and reaching over its border."""
+    if math.isinf(sigma):
+        return torch.full((1,), (side - 1) / 2, dtype=dtype, device=device)
     spacing = sigma / _NOISE_POINTS_PER_SIGMA
     half = (side - 1) / 2 + _KERNEL_RADIUS_IN_SIGMAS * sigma
     count = int(half / spacing) + 1

@@ -1,0 +1,125 @@
+"""Transformation consistency: alignment, weights, schedule and branches, against what the paper's formula says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import PATCHES, TinyDataset
+from scipy.ndimage import gaussian_filter
+
+from nnunet_ssl.losses import probabilities, soft_iou_loss
+from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSupTC
+from nnunet_ssl.spatial import align_displacements, inside_mask, warp
+
+
+def initialized(tiny, cls=nnUNetTrainerSemiTC, **ssl):
+    trainer = tiny.trainer(cls, **{"supervised_fraction": 0.0, "identity_probability": 0.0, **ssl})
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(True)
+    return trainer
+
+
+# Large enough that the borders between classes, where interpolation errs, are a small part.
+LARGE = {"2d": (128, 128), "3d": (48, 48, 48), "anisotropic": (6, 96, 96)}
+
+
+def smooth_logits(shape, classes=3):
+    noise = np.random.default_rng(0).normal(size=(2, classes, *shape))
+    logits = gaussian_filter(noise, (0, 0, *[side / 10 for side in shape]))
+    # Nearly one-hot: the soft IoU of a soft map with itself is not 1.
+    return torch.from_numpy(logits / logits.std() * 60)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_an_equivariant_network_is_consistent(tmp_path, patch, interpolation):
+    """f(t(x)) = t(f(x)) must cost nothing, which only the right alignment achieves."""
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    trainer = initialized(tiny, displacement_std=0.1, smoothness=0.2, interpolation=interpolation)
+    logits = smooth_logits(LARGE[patch])
+    u1, u2 = trainer.draw_displacement(logits), trainer.draw_displacement(logits)
+    first, second = warp(logits, u1.double()), warp(logits, u2.double())
+    right = trainer.consistency(first, second, u1, u2).item()
+    swapped = trainer.consistency(first, second, u2, u1).item()
+    none = trainer.consistency(first, second, u1 * 0, u2 * 0).item()
+    assert right < 0.4 * min(swapped, none)
+
+
+def test_terms_are_the_papers_formula(tiny):
+    """One step, put together anew from the network's outputs."""
+    trainer = initialized(tiny)
+    labeled, unlabeled = tiny.batches(trainer)
+    seen = []
+    draw = trainer.draw_displacement
+    trainer.draw_displacement = lambda data: seen.append(draw(data)) or seen[-1]
+    terms = trainer.loss_terms(labeled, unlabeled)
+    data = torch.cat([labeled["data"], unlabeled["data"]])
+    u1, u2 = seen
+    num = len(labeled["data"])
+    supervised, predictions = [], []
+    for u in (u1, u2):
+        outputs = trainer.network(warp(data, u))
+        predictions.append(probabilities(outputs[0], False))
+        target = warp(labeled["target"], u[:num], "nearest")
+        full, half = (o[:num] for o in outputs[:2])
+        # nnU-Net weighs the lowest resolution with 0, so of the two heads here the full one counts alone.
+        assert len(outputs) == 2
+        assert half.shape[2:] == tuple(s // 2 for s in tiny.patch)
+        supervised.append(trainer.loss.loss(full, target))
+    assert terms["supervised"].value.item() == pytest.approx(float(sum(supervised)) / 2, abs=1e-5)
+    alignment = align_displacements(u1, u2)
+    expected = soft_iou_loss(warp(predictions[0], alignment), predictions[1], inside_mask(alignment))
+    assert terms["consistency"].value.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert terms["supervised"].weight == terms["consistency"].weight == 1.0
+
+
+def test_weight_and_ramp(tiny):
+    trainer = initialized(tiny, consistency_weight=0.5, consistency_ramp=0.5)
+    labeled, unlabeled = tiny.batches(trainer)
+    weights = []
+    for epoch in range(4):
+        trainer.current_epoch = epoch
+        weights.append(trainer.loss_terms(labeled, unlabeled)["consistency"].weight)
+    assert weights == pytest.approx([0.5 * np.exp(-5), 0.5 * np.exp(-1.25), 0.5, 0.5])
+
+
+def test_stage_1_uses_labels_alone(tiny):
+    trainer = initialized(tiny, supervised_fraction=0.5)
+    labeled, _ = tiny.batches(trainer)
+    assert sorted(trainer.loss_terms(labeled, None)) == ["supervised"]
+
+
+def test_suptc_is_consistent_on_labeled_cases(tiny):
+    trainer = initialized(tiny, nnUNetTrainerSupTC)
+    labeled, _ = tiny.batches(trainer)
+    assert len(labeled["data"]) == 4
+    assert sorted(trainer.loss_terms(labeled, None)) == ["consistency", "supervised"]
+    assert trainer.dataloader_unlabeled is None
+
+
+def test_identity_is_drawn_per_example_and_branch(tiny):
+    trainer = initialized(tiny, identity_probability=0.5)
+    drawn = trainer.draw_displacement(torch.zeros(400, 1, *tiny.patch))
+    identity = (drawn == 0).flatten(1).all(1).float()
+    assert identity.mean().item() == pytest.approx(0.5, abs=0.1)
+    again = (trainer.draw_displacement(torch.zeros(400, 1, *tiny.patch)) == 0).flatten(1).all(1)
+    assert not torch.equal(identity.bool(), again)
+
+
+@pytest.mark.parametrize(("patch", "fixed"), [("anisotropic", True), ("3d", False)])
+def test_slices_do_not_move_in_anisotropic_patches(tmp_path, patch, fixed):
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    drawn = initialized(tiny).draw_displacement(torch.zeros(3, 1, *tiny.patch))
+    assert bool((drawn[:, 0] == 0).all()) == fixed
+    assert drawn[:, 1:].abs().max() > 0
+
+
+def test_the_papers_supervised_loss(tiny):
+    trainer = initialized(tiny, supervised_loss="soft_iou")
+    labeled, _ = tiny.batches(trainer)
+    logits = torch.randn(trainer.batch_size, 3, *tiny.patch)
+    one_hot = torch.nn.functional.one_hot(labeled["target"][:, 0].long(), 3).movedim(-1, 1).float()
+    expected = soft_iou_loss(torch.softmax(logits, 1), one_hot).item()
+    half = torch.zeros(trainer.batch_size, 3, *(s // 2 for s in tiny.patch))
+    assert trainer.supervised_loss([logits, half], labeled["target"]).item() == pytest.approx(expected, abs=1e-6)
