@@ -276,7 +276,8 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Matrix products of coordinates must not run in half precision."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    # As in nnU-Net, which uses no autocast elsewhere: older versions refuse even to switch it off for mps.
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def _check_displacement(displacement: Tensor) -> None:
