@@ -29,6 +29,19 @@ class Augmentation(NamedTuple):
     mirror_axes: tuple[int, ...] | None
 
 
+def check_mirror_axes(hp: HyperParameters, patch_size: Sequence[int]) -> None:
+    """Refuse mirroring axes that the patch does not have, or that are named twice.
+
+    Raises:
+        UserError: Naming the axes there are.
+    """
+    axes = hp.mirror_axes or ()
+    if len(set(axes)) < len(axes) or any(axis >= len(patch_size) for axis in axes):
+        raise UserError(
+            f"mirror_axes is {list(axes)}; expected some of the patch's axes {list(range(len(patch_size)))}, each once."
+        )
+
+
 def adjust(stock: Augmentation, hp: HyperParameters, patch_size: Sequence[int]) -> Augmentation:
     """Replace rotation range and mirroring axes by those of the hyper-parameters, where they are set.
 
@@ -36,9 +49,6 @@ def adjust(stock: Augmentation, hp: HyperParameters, patch_size: Sequence[int]) 
         stock: nnU-Net's choices.
         hp: Hyper-parameters.
         patch_size: In voxels.
-
-    Raises:
-        UserError: For a mirroring axis that the patch does not have.
     """
     adjusted = stock
     if hp.rotation_degrees is not None:
@@ -49,11 +59,6 @@ def adjust(stock: Augmentation, hp: HyperParameters, patch_size: Sequence[int]) 
             size[0] = patch_size[0]
         adjusted = adjusted._replace(rotation=rotation, initial_patch_size=size)
     if hp.mirror_axes is not None:
-        if any(axis >= len(patch_size) for axis in hp.mirror_axes):
-            raise UserError(
-                f"mirror_axes is {list(hp.mirror_axes)}, but the patches have the axes "
-                f"{list(range(len(patch_size)))} only."
-            )
         # nnU-Net's predictor takes None, not an empty list, for "no mirroring".
         adjusted = adjusted._replace(mirror_axes=hp.mirror_axes or None)
     return adjusted
@@ -68,6 +73,6 @@ def warning_about_sides(labels: Iterable[str], augmentation: Augmentation) -> st
     return (
         f"WARNING: the labels {', '.join(sided)} tell left from right, but augmentation mirrors along axes "
         f"{list(augmentation.mirror_axes or ())} and rotates by up to {degrees:.0f} degrees. Unlabeled images cannot "
-        f"repair what that destroys. Consider 'nnunet-ssl configure ... --set mirror_axes=[] --set "
+        f"repair what that destroys. Consider 'nnunet-ssl configure ... --set 'mirror_axes=[]' --set "
         f"rotation_degrees=15' for all trainers you compare."
     )

@@ -45,8 +45,7 @@ def write_checkpoint(trainer: SemiSupervisedTrainer, filename: str) -> None:
             "trainer": type(trainer).__name__,
             "version": __version__,
             "hyperparameters": trainer.hp.as_dict(),
-            "random_state": random_state(trainer.device),
-            "generator": trainer.generator.get_state(),
+            "random_state": random_state(trainer.device, trainer.generator),
         },
     }
     replace_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
@@ -68,24 +67,30 @@ def read_state(filename: str, trainer_name: str) -> dict[str, Any]:
     return state
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device, generator: torch.Generator) -> dict[str, Any]:
     """The state of every generator that a training with single-process loading draws from."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, next_gauss = random.getstate()
     return {
+        "device": device.type,
         "python": [version, list(internal), next_gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "transforms": generator.get_state(),
     }
 
 
-def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Undo everything drawn since ``random_state``."""
+def restore_random_state(state: Mapping[str, Any], device: torch.device, generator: torch.Generator) -> bool:
+    """Undo everything drawn since ``random_state``; False where it was taken on another kind of device."""
+    if state["device"] != device.type:
+        return False
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal), next_gauss))
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and device.type == "cuda":
+    if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    generator.set_state(state["transforms"].cpu())
+    return True

@@ -58,6 +58,10 @@ def shrink(
         raise UserError(
             f"{configuration} inherits from {settings['inherits_from']}; change that configuration instead."
         )
+    sizes = {"batch size": batch_size, "base features": base_features, "max features": max_features}
+    for what, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"The {what} must be at least 1, got {size}.")
     if downscale < 1:
         raise UserError(f"--downscale must be at least 1, got {downscale}.")
     if downscale > 1:

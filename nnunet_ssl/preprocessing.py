@@ -91,10 +91,17 @@ def check_same_preprocessing(folder: str, settings: dict[str, Any]) -> None:
         )
 
 
-def count_raw_cases(raw_folder: str | None, name: str) -> int:
-    """How many files lie in a folder of the raw data set."""
+def raw_identifiers(raw_folder: str | None, name: str) -> list[str] | None:
+    """Identifiers of the images in a folder of the raw data set; None where there is no such folder."""
     folder = os.path.join(raw_folder, name) if raw_folder is not None else ""
-    return len(_visible_files(folder)) if os.path.isdir(folder) else 0
+    if not os.path.isdir(folder):
+        return None
+    return sorted({match[1] for f in _visible_files(folder) if (match := re.fullmatch(r"(.+)_\d{4}(\..+)?", f))})
+
+
+def number_of_channels(dataset_json: dict[str, Any]) -> int:
+    """As dataset.json says, in its present or its former way."""
+    return len(dataset_json["channel_names" if "channel_names" in dataset_json else "modality"])
 
 
 def find_raw_cases(
@@ -189,7 +196,7 @@ def preprocess_cases(
         if name.endswith(_PART_SUFFIX):
             os.remove(os.path.join(output_folder, name))
     write_atomically(os.path.join(output_folder, SETTINGS_FILE), json.dumps(settings, indent=2).encode())
-    todo = [case for case in cases if case.identifier not in done]
+    todo = [case for case in cases if case.identifier not in done or _is_newer(case, output_folder)]
     arguments = (plans, configuration, dataset_json, output_folder)
     if num_processes == 1 or len(todo) < 2:
         return len(todo), (preprocess_case(case, *arguments) for case in todo)
@@ -201,14 +208,23 @@ def _in_processes(
 ) -> Iterator[CaseReport]:
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(work, case, *arguments): case for case in cases}
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                yield CaseReport(
-                    futures[future].identifier,
-                    "a worker process died (killed, or out of memory); run the command again, with a smaller -np",
-                )
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    reason = "a worker process died (killed, or out of memory); run again with a smaller -np"
+                    yield CaseReport(futures[future].identifier, reason)
+        except BaseException:
+            # Ctrl-C: what has not begun is not begun any more.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _is_newer(case: RawCase, output_folder: str) -> bool:
+    """Whether an image was replaced since it was preprocessed."""
+    made = os.path.getmtime(os.path.join(output_folder, case.identifier + ".b2nd"))
+    return any(os.path.getmtime(file) > made for file in case.images)
 
 
 def _preprocess_and_write(
@@ -217,7 +233,7 @@ def _preprocess_and_write(
     plans_manager = PlansManager(plans)
     manager = plans_manager.get_configuration(configuration)
     raw, properties = plans_manager.image_reader_writer_class().read_images(case.images)
-    _check_voxels(raw, len(dataset_json["channel_names"]))
+    _check_voxels(raw, number_of_channels(dataset_json))
     preprocessor = manager.preprocessor_class(verbose=False)
     data, _, _ = preprocessor.run_case_npy(raw, None, properties, plans_manager, manager, dataset_json)
     data = np.ascontiguousarray(data, dtype=np.float32)

@@ -7,9 +7,8 @@ A method derives from it, names its hyper-parameters and loss terms, and impleme
 from __future__ import annotations
 
 import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +25,7 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
-from nnunet_ssl.augmentation import Augmentation, adjust, warning_about_sides
+from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.hyperparameters import HyperParameters
@@ -34,11 +33,14 @@ from nnunet_ssl.losses import downsample_target
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.schedules import RestartingPolyLRScheduler, first_epoch_of_second_stage
 from nnunet_ssl.term_logger import TermLogger
+from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.unlabeled_data import (
+    UnlabeledCase,
     UnlabeledDataLoader,
     UnlabeledDataset,
     describe_cases,
     find_unlabeled_cases,
+    hidden_cases,
     in_background_workers,
 )
 
@@ -57,11 +59,9 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
     becomes 1 + 1. Training may run in two stages: labels alone first, then everything, with the learning rate
     restarted at the switch.
 
-    Class attributes a method sets:
-        hyperparameters_class: its hyper-parameters.
-        term_names: the loss terms it returns, in the order of the log.
-        uses_unlabeled: whether it needs the unlabeled loader at all.
-        transductive: whether validation and test images count as unlabeled.
+    A method sets ``hyperparameters_class``; ``term_names``, the loss terms it returns, in the order of the log;
+    ``uses_unlabeled``, whether it needs the second loader; ``transductive``, whether it learns from validation and
+    test images too.
     """
 
     hyperparameters_class: ClassVar[type[HyperParameters]] = HyperParameters
@@ -78,9 +78,11 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
-        _check_imported_from_package()
+        check_found_through_trainers_folder(SemiSupervisedTrainer)
         self.hp = self._read_hyperparameters(plans)
-        if self.uses_unlabeled and PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
+        planned = PlansManager(plans).get_configuration(configuration)
+        check_mirror_axes(self.hp, planned.patch_size)
+        if self.uses_unlabeled and planned.previous_stage_name is not None:
             raise UserError(
                 f"{type(self).__name__} cannot train {configuration}: a cascade needs the previous stage's "
                 f"segmentation of every unlabeled case. Train 2d, 3d_lowres or 3d_fullres."
@@ -98,7 +100,7 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         self.dataloader_unlabeled: Iterator[dict[str, Any]] | None = None
         self.generator = torch.Generator()
         self._iterations_done_in_epoch = 0
-        self._random_state_to_restore: dict[str, Any] | None = None
+        self._state_to_restore: dict[str, Any] | None = None
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
 
     # ---- what a method implements ---------------------------------------------------------------------------------
@@ -215,17 +217,18 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         return labeled, validation
 
     def on_train_start(self) -> None:
-        """Check the unlabeled data before anything is written, then start as nnU-Net does."""
+        """Check the unlabeled data before anything is loaded, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
         if self.uses_unlabeled:
-            self._unlabeled_cases = self._find_unlabeled_cases()
+            self._unlabeled_cases = self.find_unlabeled_cases()
             self.print_to_log_file(f"Training with {describe_cases(self._unlabeled_cases)}")
         super().on_train_start()
-        if self._random_state_to_restore is not None:
+        if self._state_to_restore is not None:
             # Only now: making the loaders has drawn from the generators.
-            restore_random_state(self._random_state_to_restore, self.device)
-            self._random_state_to_restore = None
+            if not restore_random_state(self._state_to_restore, self.device, self.generator):
+                self.print_to_log_file("The checkpoint is from another kind of device: random numbers start anew")
+            self._state_to_restore = None
 
     def on_train_epoch_start(self) -> None:
         """Announce the switch of stages."""
@@ -299,10 +302,14 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         """Load nnU-Net's part and ours; random states are put back when training starts."""
         super().load_checkpoint(filename_or_checkpoint)
         state = read_state(filename_or_checkpoint, type(self).__name__)
+        changed = {k: v for k, v in self.hp.as_dict().items() if state["hyperparameters"].get(k) != v}
+        if changed:
+            self.print_to_log_file(f"WARNING: the plans have changed since this checkpoint was written: {changed}")
         if self.local_rank == 0:
-            # The file holds rank 0's state. Other ranks must not draw the same transforms and cases.
-            self._random_state_to_restore = state["random_state"]
-            self.generator.set_state(state["generator"])
+            self._state_to_restore = state["random_state"]
+        elif self.hp.seed is not None:
+            # The file holds rank 0's state; other ranks must draw something else, and not epoch 0's again.
+            self.generator.manual_seed(self.hp.seed + self.local_rank + 1000 * self.current_epoch)
 
     # ---- tools for methods ------------------------------------------------------------------------------------------
 
@@ -325,6 +332,18 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             return self.loss(outputs, target)
         return self.loss(outputs, downsample_target(target, [tuple(o.shape[2:]) for o in outputs]))
 
+    def find_unlabeled_cases(self) -> list[UnlabeledCase]:
+        """The unlabeled cases of this training; see ``unlabeled_data.find_unlabeled_cases``."""
+        folder = self.preprocessed_dataset_folder
+        raw = os.path.join(nnUNet_raw.get(), self.plans_manager.dataset_name) if nnUNet_raw.is_set() else None
+        settings = preprocessing_settings(self.plans_manager, self.configuration_name)
+        train, val = self.do_split()
+        split = {"train": train, "val": val, "unlabeled": hidden_cases(folder, self.fold)}
+        cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive)
+        for note in notes:
+            self.print_to_log_file(note)
+        return cases
+
     def bare_network(self) -> torch.nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network.module if self.is_ddp else self.network
@@ -338,12 +357,6 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
 
         return cls.hyperparameters_class.from_plans(plans, [t.hyperparameters_class for t in TRAINERS])
 
-    def _find_unlabeled_cases(self) -> Sequence[Any]:
-        dataset = self.plans_manager.dataset_name
-        raw = os.path.join(nnUNet_raw.get(), dataset) if nnUNet_raw.is_set() else None
-        settings = preprocessing_settings(self.plans_manager, self.configuration_name)
-        return find_unlabeled_cases(self.preprocessed_dataset_folder, raw, settings, self.fold, self.transductive)
-
     def _make_unlabeled_loader(self) -> Iterator[dict[str, Any]]:
         patch_size, masked = self.configuration_manager.patch_size, self.configuration_manager.use_mask_for_norm
         rotation, slice_by_slice, initial_patch_size, mirror_axes = self._augmentation
@@ -356,7 +369,7 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             self.get_training_transforms(
                 patch_size, rotation, None, mirror_axes, slice_by_slice, use_mask_for_norm=masked
             ),
-            mask_outside=any(masked),
+            masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
         )
         return in_background_workers(loader, pin_memory=self.device.type == "cuda")
 
@@ -385,13 +398,3 @@ def _weighted_sum(terms: dict[str, LossTerm]) -> Tensor:
     if total is None:
         raise ValueError("loss_terms returned no term; at least one is needed.")
     return total
-
-
-def _check_imported_from_package() -> None:
-    module = sys.modules.get(__name__)
-    if module is None or getattr(module, "SemiSupervisedTrainer", None) is not SemiSupervisedTrainer:
-        raise UserError(
-            f"nnU-Net found this trainer through the wrong folder: nnUNet_extTrainer="
-            f"{os.environ.get('nnUNet_extTrainer', '')}. It must name the folder of trainers, not the repository or "
-            f'the package. Run: eval "$(nnunet-ssl env)"'
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ from nnunet_ssl.preprocessing import (
     TEST_SUFFIX,
     UNLABELED_SUFFIX,
     check_same_preprocessing,
-    count_raw_cases,
     preprocessed_cases,
+    raw_identifiers,
 )
+
+# Of order-3 splines in regions of zeros, in units of the normalized image's standard deviation.
+_RESAMPLING_NOISE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         final_patch_size: Size that the transforms return, in voxels.
         label_manager: Asked for by nnU-Net's loader; no label is ever read.
         transforms: Applied to the image of each example.
-        mask_outside: Whether to hand the transforms nnU-Net's mask of nonzero voxels as ``segmentation`` (-1 outside,
-            0 inside), found from the image alone. Needed where the plans normalize inside that mask.
+        masked_channels: Channels that the plans normalize inside nnU-Net's mask of nonzero voxels. Where there are
+            any, the transforms get that mask as ``segmentation`` (-1 outside, 0 inside), found from the image alone.
     """
 
     def __init__(
@@ -87,10 +90,10 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         final_patch_size: Sequence[int],
         label_manager: LabelManager,
         transforms: BasicTransform | None = None,
-        mask_outside: bool = False,
+        masked_channels: Sequence[int] = (),
     ) -> None:
         super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, transforms=transforms)
-        self.mask_outside = mask_outside
+        self.masked_channels = list(masked_channels)
         # With an ignore label nnU-Net's cropping looks for annotated voxels. There are none here.
         self.has_ignore = False
 
@@ -111,57 +114,78 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         if self.transforms is None:
             return patch
         data = {"image": patch}
-        if self.mask_outside:
-            data["segmentation"] = (patch == 0).all(dim=0, keepdim=True).to(torch.int16).neg()
+        if self.masked_channels:
+            data["segmentation"] = outside_of_mask(patch[self.masked_channels]).to(torch.int16).neg()
         return self.transforms(**data)["image"]
+
+
+def outside_of_mask(image: torch.Tensor) -> torch.Tensor:
+    """Where nnU-Net's normalization left an image alone, because its raw voxels were zero.
+
+    Those voxels are zero but for what spline resampling adds. Normalized voxels inside cross zero too, yet not all of
+    a neighborhood at once: the mask is opened with a window of 3 voxels.
+
+    Args:
+        image: (C, *S), preprocessed channels that are normalized inside the mask.
+
+    Returns:
+        Boolean (1, *S).
+    """
+    pool = torch.nn.functional.max_pool2d if image.ndim == 3 else torch.nn.functional.max_pool3d
+    largest = image.abs().amax(dim=0, keepdim=True)
+    eroded = pool(largest, 3, stride=1, padding=1) < _RESAMPLING_NOISE
+    return pool(eroded.float(), 3, stride=1, padding=1) > 0
 
 
 def find_unlabeled_cases(
     preprocessed_folder: str,
     raw_folder: str | None,
     preprocessing: dict[str, Any],
-    fold: int | str,
+    split: Mapping[str, Sequence[str]],
     transductive: bool,
-) -> list[UnlabeledCase]:
+) -> tuple[list[UnlabeledCase], list[str]]:
     """Collect the unlabeled cases of a training.
 
     Args:
         preprocessed_folder: nnU-Net's folder of the configuration, ``<dataset>/<data_identifier>``.
-        raw_folder: The raw data set, if there is one on this machine; only looked at for better errors.
+        raw_folder: The raw data set, if it is on this machine: then images that were removed from it do not count.
         preprocessing: What the plan says of preprocessing, see ``preprocessing.preprocessing_settings``.
-        fold: nnU-Net's fold, a number or ``all``.
+        split: ``train``, ``val`` and ``unlabeled`` identifiers of the fold.
         transductive: Whether the images of the fold's validation cases and of imagesTs count as unlabeled too.
 
     Returns:
-        The cases, sorted by identifier; at least one.
+        The cases, sorted by identifier, at least one; and notes for the log.
 
     Raises:
         UserError: Where there are none, some are not preprocessed yet, or a case is also labeled or reported on.
     """
-    split = _read_fold(preprocessed_folder, fold)
-    cases = _from_folder(preprocessed_folder + UNLABELED_SUFFIX, raw_folder, "imagesUn", preprocessing)
-    cases += _from_fold(preprocessed_folder, split["unlabeled"], "hidden label")
+    notes: list[str] = []
+    unlabeled = _from_folder(preprocessed_folder + UNLABELED_SUFFIX, raw_folder, "imagesUn", preprocessing, notes)
+    cases = unlabeled + _from_fold(preprocessed_folder, split["unlabeled"], "hidden label")
+    # With fold "all" nnU-Net validates on its training cases; these are labeled.
+    reported = sorted(set(split["val"]) - set(split["train"]))
     if transductive:
-        cases += _from_fold(preprocessed_folder, split["val"], "validation image")
-        cases += _from_folder(preprocessed_folder + TEST_SUFFIX, raw_folder, "imagesTs", preprocessing)
+        cases += _from_fold(preprocessed_folder, reported, "validation image")
+        cases += _from_folder(preprocessed_folder + TEST_SUFFIX, raw_folder, "imagesTs", preprocessing, notes)
     if not cases:
         raise UserError(
-            f"No unlabeled case for fold {fold}. There are three ways to add some: put images into imagesUn/ of the "
-            f"raw data set and run 'nnunet-ssl preprocess'; hide labels for an experiment with 'nnunet-ssl split' and "
-            f"train the fold it prints; or train nnUNetTrainerSemiTCPlus, which uses the images of the validation "
-            f"cases and of imagesTs/."
+            "No unlabeled case. There are three ways to add some: put images into imagesUn/ of the raw data set and "
+            "run 'nnunet-ssl preprocess'; hide labels for an experiment with 'nnunet-ssl split' and train the fold it "
+            "prints; or train nnUNetTrainerSemiTCPlus, which uses the images of the validation cases and of imagesTs/."
         )
-    _check_disjoint(cases, split, transductive)
-    return sorted(cases, key=lambda case: case.identifier)
+    _check_disjoint(cases, split["train"], "labeled")
+    if not transductive:
+        _check_disjoint(cases, reported, "validation")
+    return sorted(cases, key=lambda case: case.identifier), notes
 
 
-def _read_fold(preprocessed_folder: str, fold: int | str) -> dict[str, list[str]]:
-    empty: dict[str, list[str]] = {"train": [], "val": [], "unlabeled": []}
+def hidden_cases(preprocessed_folder: str, fold: int | str) -> list[str]:
+    """What a fold of splits_final.json lists under ``unlabeled``; nothing where there is no such fold."""
     splits_file = Path(preprocessed_folder).parent / "splits_final.json"
     if fold == "all" or not splits_file.is_file():
-        return empty
+        return []
     splits = load_json(str(splits_file))
-    return {**empty, **splits[int(fold)]} if int(fold) < len(splits) else empty
+    return splits[int(fold)].get("unlabeled", []) if int(fold) < len(splits) else []
 
 
 def _from_fold(folder: str, identifiers: Sequence[str], source: str) -> list[UnlabeledCase]:
@@ -175,38 +199,47 @@ def _from_fold(folder: str, identifiers: Sequence[str], source: str) -> list[Unl
 
 
 def _from_folder(
-    folder: str, raw_folder: str | None, raw_name: str, preprocessing: dict[str, Any]
+    folder: str, raw_folder: str | None, raw_name: str, preprocessing: dict[str, Any], notes: list[str]
 ) -> list[UnlabeledCase]:
     identifiers = preprocessed_cases(folder)
+    raw = raw_identifiers(raw_folder, raw_name)
+    command = "nnunet-ssl preprocess" + (" --test-images" if raw_name == "imagesTs" else "")
     if not identifiers:
-        waiting = count_raw_cases(raw_folder, raw_name)
-        if waiting:
-            command = "nnunet-ssl preprocess" + (" --test-images" if raw_name == "imagesTs" else "")
+        if raw:
             raise UserError(
-                f"{raw_name}/ holds {waiting} files, but none is preprocessed in {folder}. Run '{command} -d DATASET "
+                f"{raw_name}/ holds {len(raw)} images, but none is preprocessed in {folder}. Run '{command} -d DATASET "
                 f"-c CONFIGURATION' with the plans you train with."
             )
         return []
     check_same_preprocessing(folder, preprocessing)
+    if raw is not None:
+        missing, removed = sorted(set(raw) - set(identifiers)), sorted(set(identifiers) - set(raw))
+        if missing:
+            notes.append(
+                f"WARNING: {len(missing)} of {len(raw)} images of {raw_name}/ are not preprocessed and not used, e.g. "
+                f"{missing[0]}. Run '{command}' again."
+            )
+        if removed:
+            notes.append(f"{len(removed)} images in {folder} are no longer in {raw_name}/ and not used.")
+        identifiers = [i for i in identifiers if i in set(raw)]
     return [UnlabeledCase(i, folder, raw_name) for i in identifiers]
 
 
-def _check_disjoint(cases: Sequence[UnlabeledCase], split: dict[str, list[str]], transductive: bool) -> None:
-    names = [case.identifier for case in cases]
-    twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        sources = [c.source for c in cases if c.identifier == twice[0]]
-        raise UserError(f"Case {twice[0]} counts as unlabeled twice: {' and '.join(sources)}. Rename or remove one.")
-    for part, meaning in (("train", "labeled"), ("val", "validation")):
-        if part == "val" and transductive:
-            continue
-        both = sorted(set(names) & set(split[part]))
-        if both:
-            source = next(c.source for c in cases if c.identifier == both[0])
+def _check_disjoint(cases: Sequence[UnlabeledCase], others: Sequence[str], meaning: str) -> None:
+    sources: dict[str, str] = {}
+    for case in cases:
+        if case.identifier in sources:
             raise UserError(
-                f"{len(both)} {meaning} cases of the fold are unlabeled cases too, e.g. {both[0]} ({source}). Remove "
-                f"them from one of the two; to learn from validation images on purpose use nnUNetTrainerSemiTCPlus."
+                f"Case {case.identifier} counts as unlabeled twice: {sources[case.identifier]} and {case.source}. "
+                f"Rename or remove one."
             )
+        sources[case.identifier] = case.source
+    both = sorted(set(sources) & set(others))
+    if both:
+        raise UserError(
+            f"{len(both)} {meaning} cases of the fold are unlabeled cases too, e.g. {both[0]} ({sources[both[0]]}). "
+            f"Remove them from one of the two; to learn from validation images on purpose use nnUNetTrainerSemiTCPlus."
+        )
 
 
 def describe_cases(cases: Sequence[UnlabeledCase]) -> str:

@@ -90,6 +90,12 @@ def fold_number(splits: list[dict], base: int, labeled: int) -> int:
     )
 
 
+def refuse_other_settings(of_model: Path, wanted: Path) -> None:
+    """A finished run counts only if it ran with the settings asked for now."""
+    if load_json(str(of_model)) != load_json(str(wanted)):
+        raise SystemExit(f"{of_model.parent} was trained with other settings than {wanted}; use another --out.")
+
+
 def scores(summary: Path, structures: dict[str, int], metric: str) -> np.ndarray:
     """Mean over cases per structure, in percent."""
     means = load_json(str(summary))["mean"]
@@ -133,7 +139,11 @@ def main() -> None:
         plans = plans_name(augmentation)
         folder = arguments.out / "nnUNet_results" / dataset / f"nnUNetTrainer{trainer}__{plans}__{CONFIGURATION}"
         summary = folder / f"fold_{fold}" / "validation" / "summary.json"
-        if not summary.exists():
+        if summary.exists():
+            refuse_other_settings(
+                folder / "plans.json", arguments.out / "nnUNet_preprocessed" / dataset / f"{plans}.json"
+            )
+        else:
             options = ("-p", plans, "-tr", f"nnUNetTrainer{trainer}", "-device", arguments.device)
             commands.run("nnUNetv2_train", dataset, CONFIGURATION, str(fold), *options, epochs=arguments.epochs)
         results[job] = scores(summary, structures, "IoU")

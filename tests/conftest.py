@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4
     """nnU-Net plans with a tiny network; "2d" or "3d_fullres" by the number of sides."""
     dims = len(patch)
     name = "2d" if dims == 2 else "3d_fullres"
-    stride = [[1] * dims, *[[2 if side >= 8 else 1 for side in patch]] * 2]
+    stride = [[1] * dims, *[[2 if side >= 8 else 1 for side in patch]] * 3]
     resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     configuration = {
         "data_identifier": f"nnUNetPlans_{name}",
@@ -46,13 +45,13 @@ def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4
         "architecture": {
             "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
             "arch_kwargs": {
-                "n_stages": 3,
-                "features_per_stage": [4, 8, 8],
+                "n_stages": 4,
+                "features_per_stage": [4, 8, 8, 8],
                 "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
-                "kernel_sizes": [[3] * dims] * 3,
+                "kernel_sizes": [[3] * dims] * 4,
                 "strides": stride,
-                "n_conv_per_stage": [1, 1, 1],
-                "n_conv_per_stage_decoder": [1, 1],
+                "n_conv_per_stage": [1, 1, 1, 1],
+                "n_conv_per_stage_decoder": [1, 1, 1],
                 "conv_bias": True,
                 "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
                 "norm_op_kwargs": {"eps": 1e-05, "affine": True},
@@ -199,12 +198,10 @@ def _nnunet_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     monkeypatch.setenv("nnUNet_compile", "0")
-    # Drawing takes longer than training a tiny network; test_term_logger draws for real.
-    if os.environ.get("NNUNET_SSL_TEST_DRAW") != "1":
-        monkeypatch.setattr("nnunet_ssl.term_logger.TermLogger.plot_progress_png", lambda self, folder: None)
-        monkeypatch.setattr(
-            "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png", lambda self, folder: None
-        )
+    # Drawing takes longer than training a tiny network; test_progress_png_shows_the_terms draws for real.
+    monkeypatch.setattr("nnunet_ssl.term_logger.TermLogger.plot_progress_png", lambda self, folder: None)
+    stock_logger = "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png"
+    monkeypatch.setattr(stock_logger, lambda self, folder: None)
 
 
 @pytest.fixture

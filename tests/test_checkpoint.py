@@ -68,6 +68,16 @@ def test_another_trainers_checkpoint_is_refused(tiny):
         tiny.trainer(nnUNetTrainerSemiTC).load_checkpoint(f"{tiny.root}/stock.pth")
 
 
+def test_changed_plans_are_said_when_continuing(tiny):
+    file = f"{trained(tiny, nnUNetTrainerSemiTC).output_folder}/checkpoint_final.pth"
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, num_epochs=3, num_iterations_per_epoch=1)
+    trainer.load_checkpoint(file)
+    assert (
+        "the plans have changed since this checkpoint was written: {'num_epochs': 3}"
+        in Path(trainer.log_file).read_text()
+    )
+
+
 def test_pretrained_weights_start_the_second_stage(tiny):
     supervised = trained(tiny, nnUNetTrainerSupervised)
     trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.0)
@@ -88,11 +98,14 @@ def test_checkpointing_can_be_disabled(tiny):
 
 
 def test_random_state_round_trip():
-    state = random_state(torch.device("cpu"))
-    first = (torch.rand(3), np.random.rand(3), np.random.normal())
-    restore_random_state(state, torch.device("cpu"))
-    second = (torch.rand(3), np.random.rand(3), np.random.normal())
+    cpu, generator = torch.device("cpu"), torch.Generator()
+    state = random_state(cpu, generator)
+    first = (torch.rand(3), np.random.rand(3), np.random.normal(), torch.rand(3, generator=generator))
+    assert restore_random_state(state, cpu, generator)
+    second = (torch.rand(3), np.random.rand(3), np.random.normal(), torch.rand(3, generator=generator))
     assert torch.equal(first[0], second[0])
+    assert torch.equal(first[3], second[3])
+    assert not restore_random_state({**state, "device": "cuda"}, cpu, generator)
     assert np.array_equal(first[1], second[1])
     assert first[2] == second[2]
 

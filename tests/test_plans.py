@@ -73,6 +73,8 @@ def test_same_voxels_keep_the_preprocessed_folder():
     [
         ({"configuration": "3d"}, "no configuration 3d; they have 2d"),
         ({"downscale": 0.5}, "--downscale must be at least 1"),
+        ({"batch_size": 0}, "batch size must be at least 1, got 0"),
+        ({"base_features": -4}, "base features must be at least 1"),
         ({"patch_size": [64]}, "has 2 sides"),
         ({"patch_size": [4, 4]}, "too small for a U-Net"),
     ],

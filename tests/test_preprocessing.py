@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import blosc2
@@ -111,7 +113,7 @@ def test_broken_cases_do_not_stop_the_others(raw, capsys):
     lines = {line.split(":")[0].strip(): line for line in out.split("failed:")[1].splitlines() if ":" in line}
     for name, (_, message) in BAD.items():
         case = name if name == "ending.png" else name.split("_")[0]
-        assert __import__("re").search(message, lines[case]), lines[case]
+        assert re.search(message, lines[case]), lines[case]
     assert "broken" in lines
     assert "expected CASE_0000.png" in lines["other_0000.nii.gz"]
     assert [p.name for p in raw.output.glob("*.b2nd*")] == ["good.b2nd"]
@@ -147,9 +149,7 @@ def test_other_plans_need_overwrite(raw, capsys):
     assert raw.load("a").shape == (1, 1, 20, 18)
 
 
-def test_a_dying_worker_is_reported(monkeypatch):
-    import os
-
+def test_a_dying_worker_is_reported():
     from nnunet_ssl.preprocessing import RawCase, _in_processes
 
     reports = list(_in_processes(_die, [RawCase("a", ()), RawCase("b", ())], (os.getpid(),), 2))
@@ -158,10 +158,26 @@ def test_a_dying_worker_is_reported(monkeypatch):
 
 
 def _die(case, parent):
-    import os
-
     assert os.getpid() != parent
     os._exit(1)
+
+
+def test_a_replaced_image_is_redone(raw):
+    file = raw.write("imagesUn/a_0000.png")
+    assert raw.run() == 0
+    before = raw.load("a")
+    raw.write("imagesUn/a_0000.png")
+    later = (raw.output / "a.b2nd").stat().st_mtime + 10
+    os.utime(file, (later, later))
+    assert raw.run() == 0
+    assert not np.array_equal(raw.load("a"), before)
+
+
+def test_test_images_alone(raw):
+    raw.images.rename(raw.raw / "imagesTs")
+    raw.write("imagesTs/t_0000.png")
+    assert raw.run("--test-images") == 0
+    assert (raw.preprocessed / "nnUNetPlans_2d_test_images" / "t.b2nd").is_file()
 
 
 @pytest.mark.parametrize(

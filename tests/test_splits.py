@@ -85,6 +85,17 @@ def test_errors_write_nothing(dataset, capsys, options, message):
     assert not dataset.exists()
 
 
+def test_a_splits_file_with_fewer_folds(dataset):
+    dataset.write_text(json.dumps([{"train": CASES[:10], "val": CASES[10:]}]))
+    assert split("--labeled", "4") == 0
+    assert len(json.loads(dataset.read_text())) == 2
+
+
+def test_a_fold_named_twice_is_one_fold(dataset):
+    assert split("--labeled", "4", "--folds", "0", "0") == 0
+    assert len(json.loads(dataset.read_text())) == 6
+
+
 def test_hidden_folds_are_not_drawn_from_again(dataset):
     splits = load_or_make_splits(str(dataset), CASES)
     new = hide_labels(splits, [0], [4], 0)

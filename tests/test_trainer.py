@@ -58,13 +58,14 @@ def test_options_change_rotation_and_mirroring_everywhere(tiny, trainer_class):
 
 
 def test_a_mirroring_axis_that_is_not_there(tiny):
-    with pytest.raises(UserError, match=r"mirror_axes is \[2\], but the patches have the axes \[0, 1\] only"):
-        tiny.trainer(TRAINERS[0], mirror_axes=[2]).configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    for axes in ([2], [0, 0]):
+        with pytest.raises(UserError, match=r"expected some of the patch's axes \[0, 1\], each once"):
+            tiny.trainer(TRAINERS[0], mirror_axes=axes)
 
 
 @pytest.mark.parametrize("name", ["left_lung", "Kidney-R", "LungRight", "l atrium", "RIGHT_X", "sin. lung"])
 def test_names_of_sides(name):
-    assert labels_that_name_sides([name, "liver", "cortical layer", "relapse", "bright spot"]) == [name]
+    assert labels_that_name_sides([name, "liver", "cortical layer", "relapse", "vertebra_L1", "L5", "R2star"]) == [name]
 
 
 def test_warning_about_sides():

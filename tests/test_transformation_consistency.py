@@ -62,11 +62,12 @@ def test_terms_are_the_papers_formula(tiny):
         outputs = trainer.network(warp(data, u))
         predictions.append(probabilities(outputs[0], False))
         target = warp(labeled["target"], u[:num], "nearest")
+        # Three resolutions, of which nnU-Net weighs the lowest with 0 and the others 2 to 1.
+        assert len(outputs) == 3
         full, half = (o[:num] for o in outputs[:2])
-        # nnU-Net weighs the lowest resolution with 0, so of the two heads here the full one counts alone.
-        assert len(outputs) == 2
         assert half.shape[2:] == tuple(s // 2 for s in tiny.patch)
-        supervised.append(trainer.loss.loss(full, target))
+        smaller = torch.nn.functional.interpolate(target.float(), half.shape[2:], mode="nearest-exact")
+        supervised.append((2 * trainer.loss.loss(full, target) + trainer.loss.loss(half, smaller)) / 3)
     assert terms["supervised"].value.item() == pytest.approx(float(sum(supervised)) / 2, abs=1e-5)
     alignment = align_displacements(u1, u2)
     expected = soft_iou_loss(warp(predictions[0], alignment), predictions[1], inside_mask(alignment))
@@ -119,7 +120,10 @@ def test_the_papers_supervised_loss(tiny):
     trainer = initialized(tiny, supervised_loss="soft_iou")
     labeled, _ = tiny.batches(trainer)
     logits = torch.randn(trainer.batch_size, 3, *tiny.patch)
+    half = torch.randn(trainer.batch_size, 3, *(s // 2 for s in tiny.patch))
     one_hot = torch.nn.functional.one_hot(labeled["target"][:, 0].long(), 3).movedim(-1, 1).float()
-    expected = soft_iou_loss(torch.softmax(logits, 1), one_hot).item()
-    half = torch.zeros(trainer.batch_size, 3, *(s // 2 for s in tiny.patch))
-    assert trainer.supervised_loss([logits, half], labeled["target"]).item() == pytest.approx(expected, abs=1e-6)
+    half_one_hot = torch.nn.functional.interpolate(one_hot, half.shape[2:], mode="nearest-exact")
+    losses = [soft_iou_loss(torch.softmax(z, 1), y).item() for z, y in ((logits, one_hot), (half, half_one_hot))]
+    lowest = torch.zeros(trainer.batch_size, 3, *(s // 4 for s in tiny.patch))
+    value = trainer.supervised_loss([logits, half, lowest], labeled["target"]).item()
+    assert value == pytest.approx((2 * losses[0] + losses[1]) / 3, abs=1e-6)

@@ -10,16 +10,24 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-from conftest import PATCHES, TinyDataset
+from conftest import PATCHES, TinyDataset, make_dataset_json, make_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from scipy.ndimage import binary_erosion
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSemiTCPlus, nnUNetTrainerSupTC
 from nnunet_ssl.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX
-from nnunet_ssl.unlabeled_data import UnlabeledCase, UnlabeledDataLoader, UnlabeledDataset, describe_cases
+from nnunet_ssl.unlabeled_data import (
+    UnlabeledCase,
+    UnlabeledDataLoader,
+    UnlabeledDataset,
+    describe_cases,
+    outside_of_mask,
+)
 
 
 def found(trainer) -> dict[str, str]:
-    return {case.identifier: case.source for case in trainer._find_unlabeled_cases()}
+    return {case.identifier: case.source for case in trainer.find_unlabeled_cases()}
 
 
 def change_split(tiny: TinyDataset, **parts) -> None:
@@ -67,11 +75,11 @@ def test_unlabeled_images_not_preprocessed_yet(tiny):
     raw = tiny.root / "nnUNet_raw" / "Dataset900_Tiny" / "imagesUn"
     raw.mkdir()
     (raw / "x_0000.png").touch()
-    with pytest.raises(UserError, match=r"imagesUn/ holds 1 files, but none is preprocessed.*nnunet-ssl preprocess"):
-        tiny.trainer(nnUNetTrainerSemiTC)._find_unlabeled_cases()
+    with pytest.raises(UserError, match=r"imagesUn/ holds 1 images, but none is preprocessed.*nnunet-ssl preprocess"):
+        tiny.trainer(nnUNetTrainerSemiTC).find_unlabeled_cases()
     shutil.move(raw, raw.with_name("imagesTs"))
-    with pytest.raises(UserError, match=r"imagesTs/ holds 1 files.*preprocess --test-images"):
-        tiny.trainer(nnUNetTrainerSemiTCPlus)._find_unlabeled_cases()
+    with pytest.raises(UserError, match=r"imagesTs/ holds 1 images.*preprocess --test-images"):
+        tiny.trainer(nnUNetTrainerSemiTCPlus).find_unlabeled_cases()
 
 
 def test_images_made_with_other_plans_are_refused(tiny):
@@ -79,7 +87,7 @@ def test_images_made_with_other_plans_are_refused(tiny):
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "spacing": [2.0, 2.0]}))
     with pytest.raises(UserError, match=r"other settings than the plans ask for \(different: spacing\).*--overwrite"):
-        tiny.trainer(nnUNetTrainerSemiTC)._find_unlabeled_cases()
+        tiny.trainer(nnUNetTrainerSemiTC).find_unlabeled_cases()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_images_made_with_other_plans_are_refused(tiny):
 def test_leaks_and_gaps_are_refused(tiny, parts, message):
     change_split(tiny, **parts)
     with pytest.raises(UserError, match=message):
-        tiny.trainer(nnUNetTrainerSemiTC)._find_unlabeled_cases()
+        tiny.trainer(nnUNetTrainerSemiTC).find_unlabeled_cases()
 
 
 def test_describe_cases():
@@ -139,13 +147,62 @@ def test_mask_is_found_from_the_image(tiny):
         return data
 
     image = np.zeros((1, *tiny.shape), np.float32)
-    image[..., 10:20, 5:9] = 2.0
+    image[..., 10:20, 5:12] = np.random.default_rng(0).normal(size=(10, 7))
+    # What splines leave in regions of zeros.
+    image += np.random.default_rng(1).normal(size=image.shape).astype(np.float32) * 1e-4
     tiny._write_blosc(tiny.folder / "hid_0.b2nd", image)
     labels = tiny.trainer(nnUNetTrainerSupTC).label_manager
     dataset = UnlabeledDataset([UnlabeledCase("hid_0", str(tiny.folder), "hidden label")])
-    next(UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, labels, transforms, mask_outside=True))
+    next(UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, labels, transforms, masked_channels=[0]))
     assert seen["segmentation"].shape == (1, *tiny.patch)
-    assert (seen["segmentation"] == torch.where(seen["image"] != 0, 0, -1)).all()
+    expected = torch.full((1, *tiny.patch), -1)
+    expected[:, 10:20, 5:12] = 0
+    assert torch.equal(seen["segmentation"].int(), expected.int())
+
+
+def test_mask_equals_nnunets_after_resampling():
+    """nnU-Net's own preprocessing of an image with a zero border, resampled; only the border of the mask may differ."""
+    patch = (32, 32)
+    plans = make_plans(patch)
+    configuration = plans["configurations"]["2d"]
+    configuration |= {"use_mask_for_norm": [True], "spacing": [0.8, 1.3]}
+    configuration["resampling_fn_data_kwargs"]["order"] = 3
+    manager = PlansManager(plans)
+    image = np.zeros((1, 1, 60, 60), np.float32)
+    y, x = np.mgrid[:60, :60]
+    inside = (y - 30) ** 2 + (x - 28) ** 2 < 24**2
+    image[0, 0][inside] = 100 + 20 * np.random.default_rng(0).normal(size=inside.sum())
+    planned = manager.get_configuration("2d")
+    dataset_json = make_dataset_json({"background": 0, "a": 1})
+    preprocessor = planned.preprocessor_class(verbose=False)
+    data, mask, _ = preprocessor.run_case_npy(image, None, {"spacing": [1, 1, 1]}, manager, planned, dataset_json)
+    ours = outside_of_mask(torch.from_numpy(data[:, 0])).numpy()
+    theirs = mask[:, 0] < 0
+    assert 0.1 < theirs.mean() < 0.9
+    assert (ours == theirs).mean() > 0.9
+    assert not (ours & binary_erosion(~theirs, iterations=3)).any()
+    assert not (~ours & binary_erosion(theirs, iterations=3)).any()
+
+
+def test_validation_images_without_a_splits_file(tiny):
+    """nnU-Net makes the file when it trains first; its folds must count all the same."""
+    (tiny.base / "splits_final.json").unlink()
+    trainer = tiny.trainer(nnUNetTrainerSemiTCPlus)
+    _, val = trainer.do_split()
+    assert found(trainer) == dict.fromkeys(val, "validation image") | dict.fromkeys(tiny.unlabeled, "imagesUn")
+
+
+def test_images_that_left_the_raw_folder_do_not_count(tiny):
+    raw = tiny.root / "nnUNet_raw" / "Dataset900_Tiny" / "imagesUn"
+    raw.mkdir()
+    for case in ("un_0", "new"):
+        (raw / f"{case}_0000.png").touch()
+    trainer = tiny.trainer(nnUNetTrainerSemiTC)
+    assert "un_1" not in found(trainer)
+    assert "un_0" in found(trainer)
+    text = Path(trainer.log_file).read_text()
+    assert "1 of 2 images of imagesUn/ are not preprocessed and not used, e.g. new" in text
+    assert "1 images in" in text
 
 
 def test_unlabeled_images_are_augmented_like_labeled_ones(tiny):

@@ -33,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.labeled is not None and arguments.data is None:
         raise UserError("--labeled goes with --data; the synthetic data set has 5 labeled cases.")
     budget = Budget(arguments.epochs, arguments.iterations, arguments.device)
-    run_demo(arguments.folder.resolve(), arguments.data, arguments.labeled or 5, budget)
+    run_demo(arguments.folder.resolve(), arguments.data, 5 if arguments.labeled is None else arguments.labeled, budget)
     return 0

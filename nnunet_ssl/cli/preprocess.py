@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"-np must be at least 1, got {arguments.processes}.")
     dataset_json = read_json(preprocessed / name / "dataset.json", "Run nnUNetv2_plan_and_preprocess first.")
     folders = [("imagesUn", UNLABELED_SUFFIX)] + [("imagesTs", TEST_SUFFIX)] * arguments.test_images
+    if arguments.test_images and not (raw / name / "imagesUn").is_dir():
+        folders = folders[1:]
     for folder, _ in folders:
         if not (raw / name / folder).is_dir():
             raise UserError(f"{raw / name / folder} is missing. Put the images there, named like those of imagesTr.")
@@ -86,10 +88,10 @@ def _preprocess_folder(
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
     from tqdm import tqdm
 
-    from nnunet_ssl.preprocessing import find_raw_cases, preprocess_cases
+    from nnunet_ssl.preprocessing import find_raw_cases, number_of_channels, preprocess_cases
 
     labeled = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
-    num_channels = len(dataset_json["channel_names"])
+    num_channels = number_of_channels(dataset_json)
     cases, reports = find_raw_cases(str(raw / folder), dataset_json["file_ending"], num_channels, labeled)
     total, running = preprocess_cases(
         cases, plans, configuration, dataset_json, str(output), arguments.processes, arguments.overwrite

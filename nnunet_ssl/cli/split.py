@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="dataset", required=True, metavar="DATASET", help="data set, number or name")
     parser.add_argument("--labeled", type=int, nargs="+", required=True, metavar="N", help="cases that keep labels")
     parser.add_argument(
-        "--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="F", help="folds to draw from (default 0 to 4)"
+        "--folds", type=int, nargs="+", metavar="F", help="folds to draw from (default: nnU-Net's own, 0 to 4)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
 
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     from nnunet_ssl.nnunet_folders import dataset_name, read_json, require_variables
-    from nnunet_ssl.splits import hide_labels, load_or_make_splits, write_splits
+    from nnunet_ssl.splits import NNUNET_NUM_FOLDS, hide_labels, load_or_make_splits, write_splits
 
     raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)
@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     identifiers = list(get_filenames_of_train_images_and_targets(str(raw / name), dataset_json))
     splits_file = folder / "splits_final.json"
     splits = load_or_make_splits(str(splits_file), identifiers)
-    new = hide_labels(splits, arguments.folds, sorted(set(arguments.labeled)), arguments.seed)
+    own = [number for number, fold in enumerate(splits[:NNUNET_NUM_FOLDS]) if "unlabeled" not in fold]
+    folds = sorted(set(arguments.folds)) if arguments.folds is not None else own
+    new = hide_labels(splits, folds, sorted(set(arguments.labeled)), arguments.seed)
     write_splits(str(splits_file), [*splits, *(fold.split for fold in new)])
     print(f"{'fold':>5} {'from fold':>10} {'labeled':>8} {'unlabeled':>10} {'validation':>11}")
     for fold in new:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -47,7 +48,10 @@ class Commands:
         print("$ " + " ".join(words), flush=True)
         log = self.logs / f"{len(list(self.logs.iterdir())):02d}_{words[0]}.txt"
         # The commands of the environment this runs in, whether it is activated or not.
-        script = Path(sys.executable).with_name(words[0])
+        beside = Path(sys.executable).with_name(words[0])
+        script = beside if beside.exists() else shutil.which(words[0])
+        if script is None:
+            raise UserError(f"The command {words[0]} is neither beside {sys.executable} nor on the PATH.")
         start = time.monotonic()
         tail: deque[str] = deque(maxlen=25)
         with (

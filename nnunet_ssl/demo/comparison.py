@@ -57,7 +57,8 @@ def draw_cases(
     reader = determine_reader_writer_from_dataset_json(
         dataset_json, str(images / f"{identifiers[0]}_0000{ending}"), verbose=False
     )()
-    num_labels = 1 + max(LabelManager(dataset_json["labels"], None).all_labels)
+    order = dataset_json.get("regions_class_order")
+    num_labels = 1 + max(LabelManager(dataset_json["labels"], order).all_labels)
     columns = ["image", "truth", *predictions]
     figure, axes = plt.subplots(
         len(identifiers), len(columns), figsize=(2.6 * len(columns), 2.7 * len(identifiers)), squeeze=False

@@ -34,7 +34,7 @@ class Budget:
     device: str = "cpu"
 
 
-def run_demo(folder: Path, data: Path | None, labeled: int | None, budget: Budget) -> None:
+def run_demo(folder: Path, data: Path | None, labeled: int, budget: Budget) -> None:
     """Run the demo and print the table.
 
     Args:
@@ -55,11 +55,13 @@ def run_demo(folder: Path, data: Path | None, labeled: int | None, budget: Budge
         write_dataset(raw / dataset, Sizes())
     else:
         dataset = _link_dataset(data, raw)
+        _check_labeled(data, labeled)
     number = str(int(dataset[7:10]))
     dataset_json = read_json(raw / dataset / "dataset.json", "A raw data set needs it.")
     configuration = _plan(commands, number, folder, dataset, dataset_json, budget)
-    if data is None:
+    if (raw / dataset / "imagesUn").is_dir():
         commands.run("nnunet-ssl", "preprocess", "-d", number, "-c", configuration, "-p", PLANS, "-np", "2")
+    if data is None:
         # All labeled cases train; the test cases below are what counts.
         fold = "all"
     else:
@@ -119,11 +121,11 @@ def _plan(
 def _report(folder: Path, dataset: Path, part: str, predictions: dict[str, Path], dataset_json: dict[str, Any]) -> None:
     table = score_table({t: p / "summary.json" for t, p in predictions.items()}, dataset_json["labels"])
     (folder / "comparison.txt").write_text(table + "\n")
+    print(f"\n{table}\n\nPercent, mean over held-out cases; both trainers saw the same labels and iterations.")
     ending = dataset_json["file_ending"]
     identifiers = sorted(p.name[: -len(ending)] for p in predictions[BASELINE].glob(f"*{ending}"))[:NUM_SHOWN]
     picture = folder / "comparison.png"
     draw_cases(picture, identifiers, dataset / f"images{part}", dataset / f"labels{part}", predictions, dataset_json)
-    print(f"\n{table}\n\nPercent, mean over held-out cases; both trainers saw the same labels and iterations.")
     print(f"Table:   {folder / 'comparison.txt'}")
     print(f"Picture: {picture}")
     print(f"Models:  {folder / 'nnUNet_results'}")
@@ -139,6 +141,13 @@ def _make_folder(folder: Path) -> None:
     marker.touch()
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (folder / name).mkdir()
+
+
+def _check_labeled(data: Path, labeled: int) -> None:
+    # nnU-Net's fold 0 trains on four of five cases; at least one of them must be left unlabeled.
+    pool = len(list((data / "labelsTr").iterdir())) * 4 // 5
+    if not 0 < labeled < pool:
+        raise UserError(f"--labeled {labeled}: fold 0 of {data.name} has about {pool} training cases; give fewer.")
 
 
 def _link_dataset(data: Path, raw: Path) -> str:
