@@ -68,7 +68,7 @@ def test_terms_are_the_papers_formula(tiny):
         assert half.shape[2:] == tuple(s // 2 for s in tiny.patch)
         smaller = torch.nn.functional.interpolate(target.float(), half.shape[2:], mode="nearest-exact")
         supervised.append((2 * trainer.loss.loss(full, target) + trainer.loss.loss(half, smaller)) / 3)
-    assert terms["supervised"].value.item() == pytest.approx(float(sum(supervised)) / 2, abs=1e-5)
+    assert terms["supervised"].value.item() == pytest.approx(sum(supervised).item() / 2, abs=1e-5)
     alignment = align_displacements(u1, u2)
     expected = soft_iou_loss(warp(predictions[0], alignment), predictions[1], inside_mask(alignment))
     assert terms["consistency"].value.item() == pytest.approx(expected.item(), abs=1e-5)
