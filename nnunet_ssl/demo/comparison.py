@@ -77,7 +77,7 @@ def draw_cases(
             axis.imshow(shown, cmap="tab10", vmin=0, vmax=max(9, num_labels), alpha=0.55, interpolation="nearest")
         row[0].set_title(identifier, fontsize=8)
     for axis, title in zip(axes[0], columns):
-        axis.set_title(title, fontsize=10)
+        axis.set_title(f"{title}\n{axis.get_title()}".strip(), fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
