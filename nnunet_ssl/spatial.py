@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from nnunet_ssl.interpolation import index_of, knots_between, look_up, spline_matrix
+from nnunet_ssl.random_field import apply_per_axis, gaussian_field
 
 Interpolation = Literal["linear", "nearest", "cubic"]
 
@@ -33,12 +35,39 @@ MAX_STRAIN = 0.5
 # iteration more or less changes it by a factor of 2.7, because the strain is at its maximum in few places only).
 INVERSION_ITERATIONS = 7
 
-# Noise points per sigma. At 2, the ripple of the summed Gaussians against a dense sum is below 1e-6 of its mean.
-_NOISE_POINTS_PER_SIGMA = 2.0
-# Noise further away than this many sigmas adds less than 2e-4 of the kernel's peak.
-_KERNEL_RADIUS_IN_SIGMAS = 4.2
-# Where the strain of a field is evaluated: this many points per sigma see its maximum to about 1 %.
-_STRAIN_POINTS_PER_SIGMA = 4.0
+# On knots, most iterations run on few of them (this many times further apart), and these many follow on all of them: by
+# dimension, because the same strain is shared by more axes in 3D and the iteration converges faster.
+_COARSE_KNOT_FACTOR = 2.5
+_FINE_ITERATIONS = {2: 3, 3: 2}
+
+
+class SolverGrid(NamedTuple):
+    """Where ``align_displacements`` solves for smooth fields: at knots, from which a cubic spline reaches the voxels.
+
+    Attributes:
+        margin: By how many voxels per axis and side the fields reach beyond the patch. Near the border the solution
+            looks up displacements outside, and a field that simply stopped there would make the spline ring inside.
+        knot_spacing: Distance of the knots per axis, in voxels; 0 along axes where nothing changes.
+    """
+
+    margin: tuple[int, ...]
+    knot_spacing: tuple[int, ...]
+
+
+def solver_grid(spatial_shape: Sequence[int], smoothness: float, fixed_axes: Sequence[int] = ()) -> SolverGrid:
+    """The grid that reaches a residual of 0.01 voxels for fields that ``sample_displacement`` draws.
+
+    Args:
+        spatial_shape: S, in voxels.
+        smoothness: As for ``sample_displacement``.
+        fixed_axes: As for ``sample_displacement``.
+    """
+    sigmas = [0.0 if axis in fixed_axes else smoothness * side for axis, side in enumerate(spatial_shape)]
+    # The spline's error in voxels is proportional to sigma (h / sigma)^4 at the strain that fields are limited to. It
+    # is a sum over axes, so each axis has less of it in 3D. The factors were measured on many fields.
+    factor = 0.3 if len(spatial_shape) == 2 or fixed_axes else 0.44
+    spacing = [max(1, round(factor * sigma**0.75)) if sigma else 0 for sigma in sigmas]
+    return SolverGrid(tuple(math.ceil(sigma / 2) for sigma in sigmas), tuple(spacing))
 
 
 def sample_displacement(
@@ -50,15 +79,15 @@ def sample_displacement(
     generator: torch.Generator | None = None,
     fixed_axes: Sequence[int] = (),
     max_strain: float = MAX_STRAIN,
+    margin: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw smooth random displacement fields: white noise convolved with a Gaussian.
 
     Elastic deformation as in Bortsova et al., "Semi-supervised medical image segmentation via learning consistency
-    under transformations" (MICCAI 2019). The noise lives on a grid of half a sigma and the Gaussian is evaluated from
-    there at every voxel, one small matrix per axis. This is the same random field as smoothing full-resolution noise,
-    without a wide convolution; the variance is exact at every voxel, at the border too.
+    under transformations" (MICCAI 2019). The same random field as smoothing full-resolution noise, without a wide
+    convolution (see ``random_field``); the variance is exact at every voxel, at the border too.
 
     Fields that could fold are scaled down until their strain is ``max_strain``: then the Jacobian determinant of phi
     is positive everywhere and ``invert_displacement`` converges.
@@ -73,64 +102,30 @@ def sample_displacement(
         fixed_axes: Axes along which nothing moves and the field does not change: with the slices' axis of anisotropic
             images, every slice is deformed alike, as nnU-Net's own augmentation does.
         max_strain: Bound on the largest absolute row sum of the displacement's gradient; must lie in (0, 1).
+        margin: Voxels per axis by which the field shall reach beyond the patch on both sides; none if absent.
         device: Where to put the field; the generator's device if absent.
         dtype: A floating type.
 
     Returns:
-        Displacement (B, D, *S), in voxels.
+        Displacement (B, D, *S), in voxels; with a margin (B, D, *(S + 2 margin)).
 
     Raises:
         ValueError: For sizes, axes or strengths out of range.
     """
-    _check_sampling_arguments(batch_size, spatial_shape, smoothness, displacement_std, fixed_axes, max_strain, dtype)
-    noise_device = generator.device if generator is not None else torch.device(device or "cpu")
-    target = torch.device(device) if device is not None else noise_device
+    margin = [0] * len(spatial_shape) if margin is None else list(margin)
+    _check_sampling_arguments(
+        batch_size, spatial_shape, smoothness, displacement_std, fixed_axes, max_strain, margin, dtype
+    )
+    target = torch.device(device if device is not None else generator.device if generator is not None else "cpu")
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    with _without_autocast(target):
-        return _sample(
-            batch_size,
-            spatial_shape,
-            smoothness,
-            displacement_std,
-            generator,
-            fixed_axes,
-            max_strain,
-            noise_device,
-            target,
-            work,
-        ).to(dtype)
-
-
-def _sample(
-    batch_size: int,
-    spatial_shape: Sequence[int],
-    smoothness: float,
-    displacement_std: float,
-    generator: torch.Generator | None,
-    fixed_axes: Sequence[int],
-    max_strain: float,
-    noise_device: torch.device,
-    target: torch.device,
-    work: torch.dtype,
-) -> Tensor:
-    dims = len(spatial_shape)
     # Infinitely smooth along fixed axes: one noise point serves all voxels.
     sigmas = [math.inf if axis in fixed_axes else smoothness * side for axis, side in enumerate(spatial_shape)]
-    noise_points = [_noise_positions(side, sigma, work, target) for side, sigma in zip(spatial_shape, sigmas)]
-    noise = torch.randn(
-        (batch_size, dims, *(len(p) for p in noise_points)), generator=generator, device=noise_device, dtype=work
-    ).to(target)
-    amplitude = torch.tensor(
-        [0.0 if axis in fixed_axes else displacement_std * side for axis, side in enumerate(spatial_shape)],
-        device=target,
-        dtype=work,
-    ).view(1, dims, *[1] * dims)
-    noise = noise * amplitude
-    strain = _strain(noise, noise_points, spatial_shape, sigmas)
-    scale = (max_strain / strain.clamp_min(max_strain)).view(batch_size, 1, *[1] * dims)
-    positions = [torch.arange(side, device=target, dtype=work) for side in spatial_shape]
-    values = [_gaussian_matrix(q, p, s)[0] for q, p, s in zip(positions, noise_points, sigmas)]
-    return _apply_per_axis(noise * scale, values)
+    amplitudes = [0.0 if axis in fixed_axes else displacement_std * side for axis, side in enumerate(spatial_shape)]
+    with _without_autocast(target):
+        field = gaussian_field(
+            batch_size, spatial_shape, margin, sigmas, amplitudes, max_strain, generator, target, work
+        )
+    return field.to(dtype)
 
 
 def warp(image: Tensor, displacement: Tensor, interpolation: Interpolation = "linear") -> Tensor:
@@ -168,11 +163,9 @@ def warp(image: Tensor, displacement: Tensor, interpolation: Interpolation = "li
             f"use interpolation='nearest'."
         )
     work = torch.float64 if torch.float64 in (image.dtype, displacement.dtype) else torch.float32
-    grid = _sampling_grid(displacement.to(work))
-    sampled = functional.grid_sample(
-        image.to(work), grid, mode=modes[interpolation], padding_mode="border", align_corners=True
-    )
-    return sampled.to(image.dtype)
+    displacement = displacement.to(work)
+    positions = [_identity_coordinates(displacement, axis) + displacement[:, axis] for axis in range(dims)]
+    return look_up(image.to(work), positions, modes[interpolation]).to(image.dtype)
 
 
 def compose_displacements(outer: Tensor, inner: Tensor) -> Tensor:
@@ -206,29 +199,49 @@ def invert_displacement(displacement: Tensor, iterations: int = INVERSION_ITERAT
     return align_displacements(displacement, torch.zeros_like(displacement), iterations)
 
 
-def align_displacements(first: Tensor, second: Tensor, iterations: int = INVERSION_ITERATIONS) -> Tensor:
+def align_displacements(
+    first: Tensor, second: Tensor, iterations: int = INVERSION_ITERATIONS, grid: SolverGrid | None = None
+) -> Tensor:
     """The displacement of phi_1^-1 after phi_2, which moves predictions of branch 1 into the frame of branch 2.
 
     Equals ``compose_displacements(invert_displacement(first), second)``, but solves a = u_2(q) - u_1(q + a) directly:
     one interpolation less, hence more accurate, and it starts close to the solution.
 
+    With a grid, the equation is solved at its knots alone, with the same look-ups in the full field, and a cubic spline
+    takes the smooth solution to the voxels: many times faster in 3D.
+
     Args:
-        first: u_1 (B, D, *S), in voxels; its strain must be below 1.
-        second: u_2 (B, D, *S), in voxels.
+        first: u_1 (B, D, *S), in voxels; its strain must be below 1. With a grid (B, D, *(S + 2 grid.margin)).
+        second: u_2, of the same shape.
         iterations: As for ``invert_displacement``.
+        grid: From ``solver_grid``; without it every voxel is a knot and nothing is assumed of the fields.
 
     Returns:
         a (B, D, *S), in voxels, with (q + a) + u_1(q + a) = q + u_2(q).
+
+    Raises:
+        ValueError: Where shapes do not fit.
     """
     _check_displacement(first)
     if first.shape != second.shape:
         raise ValueError(
             f"The displacements have shapes {tuple(first.shape)} and {tuple(second.shape)}; they must match."
         )
-    aligned = second - first
-    for _ in range(iterations):
-        aligned = second - warp(first, aligned)
-    return aligned
+    if grid is None:
+        aligned = second - first
+        for _ in range(iterations):
+            aligned = second - warp(first, aligned)
+        return aligned
+    work = torch.float64 if first.dtype == torch.float64 else torch.float32
+    with _without_autocast(first.device):
+        return _align_on_knots(first.to(work), second.to(work), iterations, grid).to(first.dtype)
+
+
+def without_margin(displacement: Tensor, margin: Sequence[int]) -> Tensor:
+    """The part of a displacement (B, D, *(S + 2 margin)) that lies on the patch, (B, D, *S); a view."""
+    for axis, voxels in enumerate(margin, start=2):
+        displacement = displacement.narrow(axis, voxels, displacement.shape[axis] - 2 * voxels)
+    return displacement
 
 
 def inside_mask(displacement: Tensor) -> Tensor:
@@ -245,8 +258,8 @@ def inside_mask(displacement: Tensor) -> Tensor:
     tolerance = 1e-3
     inside = torch.ones_like(displacement[:, :1], dtype=torch.bool)
     for axis, side in enumerate(displacement.shape[2:]):
-        position = _identity_coordinates(displacement, axis) + displacement[:, axis : axis + 1].float()
-        inside &= (position >= -tolerance) & (position <= side - 1 + tolerance)
+        position = _identity_coordinates(displacement, axis) + displacement[:, axis].float()
+        inside &= ((position >= -tolerance) & (position <= side - 1 + tolerance))[:, None]
     return inside
 
 
@@ -274,6 +287,35 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     return torch.linalg.det(jacobian).to(displacement.dtype)
 
 
+def _align_on_knots(first: Tensor, second: Tensor, iterations: int, grid: SolverGrid) -> Tensor:
+    """``align_displacements`` for float32 and float64 fields with a margin: on coarse knots, then on all of them."""
+    sides = [side - 2 * margin for side, margin in zip(first.shape[2:], grid.margin)]
+    # Knots reach half a margin beyond the patch: a spline is least accurate at its ends.
+    ends = [(-(margin // 2), side - 1 + margin // 2) for side, margin in zip(sides, grid.margin)]
+    aligned: Tensor | None = None
+    coarser: list[tuple[int, ...]] = []
+    for factor, repetitions in ((_COARSE_KNOT_FACTOR, iterations), (1.0, _FINE_ITERATIONS[len(sides)])):
+        knots = [knots_between(*end, factor * spacing) for end, spacing in zip(ends, grid.knot_spacing)]
+        # In the fields' own voxels, which start with the margin.
+        indices = [index_of(tuple(k + m for k in ks), first.device) for ks, m in zip(knots, grid.margin)]
+        wanted = second
+        for axis, index in enumerate(indices, start=2):
+            wanted = wanted.index_select(axis, index)
+        aligned = torch.zeros_like(wanted) if aligned is None else _resample(aligned, coarser, knots)
+        places = [index.view(-1, *[1] * (len(knots) - axis)) for axis, index in enumerate(indices, start=1)]
+        for _ in range(repetitions):
+            aligned = wanted - look_up(first, [place + aligned[:, d] for d, place in enumerate(places)])
+        coarser = knots
+    assert aligned is not None
+    return _resample(aligned, coarser, [tuple(range(side)) for side in sides])
+
+
+def _resample(values: Tensor, knots: Sequence[tuple[int, ...]], queries: Sequence[tuple[int, ...]]) -> Tensor:
+    """Cubic spline interpolation of (B, C, *N) from knots to queries, axis by axis."""
+    matrices = [spline_matrix(k, q, values.dtype, values.device) for k, q in zip(knots, queries)]
+    return apply_per_axis(values, matrices)
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Matrix products of coordinates must not run in half precision."""
     # As in nnU-Net, which uses no autocast elsewhere: older versions refuse even to switch it off for mps.
@@ -296,6 +338,7 @@ def _check_sampling_arguments(
     displacement_std: float,
     fixed_axes: Sequence[int],
     max_strain: float,
+    margin: Sequence[int],
     dtype: torch.dtype,
 ) -> None:
     dims = len(spatial_shape)
@@ -310,67 +353,14 @@ def _check_sampling_arguments(
         )
     if any(axis not in range(dims) for axis in fixed_axes):
         raise ValueError(f"fixed_axes must be among {tuple(range(dims))}, got {tuple(fixed_axes)}.")
+    if len(margin) != dims or min(margin) < 0:
+        raise ValueError(f"margin must be {dims} numbers of voxels, got {tuple(margin)}.")
     if not dtype.is_floating_point:
         raise ValueError(f"A displacement needs a floating dtype, got {dtype}.")
 
 
-def _noise_positions(side: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where the noise of one axis lives, in voxels: centered on the patch and reaching over its border."""
-    if math.isinf(sigma):
-        return torch.full((1,), (side - 1) / 2, dtype=dtype, device=device)
-    spacing = sigma / _NOISE_POINTS_PER_SIGMA
-    half = (side - 1) / 2 + _KERNEL_RADIUS_IN_SIGMAS * sigma
-    count = int(half / spacing) + 1
-    return (torch.arange(-count, count + 1, dtype=dtype, device=device)) * spacing + (side - 1) / 2
-
-
-def _gaussian_matrix(queries: Tensor, noise_points: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Weights (Q, N) that turn unit white noise into a smooth field of unit variance, and their derivative."""
-    offset = (queries[:, None] - noise_points[None]) / sigma
-    weights = torch.exp(-0.5 * offset**2)
-    weights = weights / weights.norm(dim=1, keepdim=True)
-    # The norm hardly depends on the position (see _NOISE_POINTS_PER_SIGMA), so only the exponent is differentiated.
-    return weights, -offset / sigma * weights
-
-
-def _apply_per_axis(noise: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Contract the spatial axes of (B, D, *N) with one matrix (Q_d, N_d) each; returns (B, D, *Q)."""
-    field = noise
-    for matrix in matrices:
-        # The axis in front is consumed and its result appended, so after all of them the order is restored.
-        field = torch.tensordot(field, matrix, dims=([2], [1]))
-    return field
-
-
-def _strain(
-    noise: Tensor, noise_points: Sequence[Tensor], spatial_shape: Sequence[int], sigmas: Sequence[float]
-) -> Tensor:
-    """Largest absolute row sum of the gradient of each field, (B,)."""
-    matrices = []
-    for points, side, sigma in zip(noise_points, spatial_shape, sigmas):
-        count = min(side, int((side - 1) / sigma * _STRAIN_POINTS_PER_SIGMA) + 2)
-        queries = torch.linspace(0, side - 1, count, dtype=noise.dtype, device=noise.device)
-        matrices.append(_gaussian_matrix(queries, points, sigma))
-    row_sums = torch.zeros((), dtype=noise.dtype, device=noise.device)
-    for axis in range(len(matrices)):
-        per_axis = [derivative if d == axis else value for d, (value, derivative) in enumerate(matrices)]
-        row_sums = row_sums + _apply_per_axis(noise, per_axis).abs()
-    return row_sums.flatten(1).amax(1)
-
-
 def _identity_coordinates(displacement: Tensor, axis: int) -> Tensor:
+    """The voxels' own positions along an axis, in a shape that broadcasts to one component (B, *S)."""
     side = displacement.shape[axis + 2]
     dtype = torch.float64 if displacement.dtype == torch.float64 else torch.float32
-    shape = [1] * displacement.ndim
-    shape[axis + 2] = side
-    return torch.arange(side, device=displacement.device, dtype=dtype).view(shape)
-
-
-def _sampling_grid(displacement: Tensor) -> Tensor:
-    """grid_sample's grid (B, *S, D): coordinates scaled to [-1, 1], the last spatial axis first."""
-    coordinates = []
-    for axis, side in enumerate(displacement.shape[2:]):
-        position = _identity_coordinates(displacement, axis) + displacement[:, axis : axis + 1]
-        # An axis of one voxel has nowhere to go; 0 is its center.
-        coordinates.append(position * (2.0 / (side - 1)) - 1.0 if side > 1 else torch.zeros_like(position))
-    return torch.cat(coordinates[::-1], dim=1).movedim(1, -1)
+    return torch.arange(side, device=displacement.device, dtype=dtype).view(-1, *[1] * (displacement.ndim - axis - 3))

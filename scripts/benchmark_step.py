@@ -4,7 +4,7 @@
 Every figure is a ratio of two things measured in turns in one run, on noise that lies ready in memory. "stock" is
 nnUNetTrainer's step on as many samples as both branches process together, with the same network.
 
-    python scripts/benchmark_step.py [--device cuda] [--repetitions 15]
+    python scripts/benchmark_step.py [--device cuda] [--only transforms]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.methods import nnUNetTrainerSemiTC
 from nnunet_ssl.plans import shrink
-from nnunet_ssl.spatial import align_displacements, sample_displacement, warp
+from nnunet_ssl.spatial import align_displacements, sample_displacement, solver_grid, warp, without_margin
 
 # Patch, batch (labeled + unlabeled) and the stages nnU-Net plans for such a patch.
 CASES = {"2d 256x256": ((256, 256), 4, 7), "3d 64x64x64": ((64, 64, 64), 2, 5)}
@@ -145,31 +145,47 @@ def compare_steps(device: torch.device, repetitions: int) -> None:
 
 
 def compare_fields(repetitions: int) -> None:
-    """Two fields, both warps and the alignment of a pair of branches, beside two SpatialTransforms; one core."""
+    """Two fields, both warps and the alignment of a pair of branches, beside two SpatialTransforms; one core.
+
+    Once for the image alone, and once with its labels, which both branches need for training as the stock loader does.
+    """
     torch.set_num_threads(1)
-    device = torch.device("cpu")
     for name, (patch, _, _) in CASES.items():
-        image = torch.randn(1, 1, *patch)
-        generator = torch.Generator().manual_seed(0)
-        elastic = SpatialTransform(
-            patch, 0, False, p_elastic_deform=1.0, elastic_deform_scale=(0.1, 0.1), elastic_deform_magnitude=(5.0, 5.0)
-        )
+        image, labels = torch.randn(1, *patch), torch.randint(0, NUM_LABELS, (1, *patch)).to(torch.int16)
+        for what, arrays in (
+            ("image", {"image": image}),
+            ("image and labels", {"image": image, "segmentation": labels}),
+        ):
+            functions = [make_stock_transforms(patch, arrays), make_transforms(patch, arrays)]
+            reference, seconds = time_in_turns(functions, repetitions, torch.device("cpu"))
+            print(
+                f"transforms {name}, {what}, pair of branches, 1 core: batchgeneratorsv2 (no inverse) "
+                f"{1e3 * reference:.0f} ms, ours with alignment {1e3 * seconds:.0f} ms, "
+                f"{reference / seconds:.1f} times faster"
+            )
 
-        def ours(image: torch.Tensor = image, patch: tuple[int, ...] = patch, g: torch.Generator = generator) -> None:
-            u1, u2 = (sample_displacement(1, patch, smoothness=0.1, displacement_std=0.02, generator=g) for _ in "12")
-            warp(image, u1)
-            warp(image, u2)
-            align_displacements(u1, u2)
 
-        def theirs(image: torch.Tensor = image[0], elastic: SpatialTransform = elastic) -> None:
-            elastic(image=image)
-            elastic(image=image)
+def make_stock_transforms(patch: tuple[int, ...], arrays: dict[str, torch.Tensor]) -> Callable[[], object]:
+    transform = SpatialTransform(
+        patch, 0, False, p_elastic_deform=1.0, elastic_deform_scale=(0.1, 0.1), elastic_deform_magnitude=(5.0, 5.0)
+    )
+    return lambda: [transform(**arrays) for _ in range(2)]
 
-        reference, seconds = time_in_turns([theirs, ours], repetitions, device)
-        print(
-            f"fields {name}, a pair of branches, 1 core: batchgeneratorsv2 (no inverse) {1e3 * reference:.0f} ms, ours "
-            f"with alignment {1e3 * seconds:.0f} ms, {reference / seconds:.1f} times faster"
-        )
+
+def make_transforms(patch: tuple[int, ...], arrays: dict[str, torch.Tensor]) -> Callable[[], object]:
+    strength = {"smoothness": 0.1, "displacement_std": 0.02}
+    grid = solver_grid(patch, strength["smoothness"])
+    generator = torch.Generator().manual_seed(0)
+
+    def transform() -> None:
+        fields = [sample_displacement(1, patch, **strength, margin=grid.margin, generator=generator) for _ in range(2)]
+        for field in fields:
+            on_patch = without_margin(field, grid.margin)
+            for kind, array in arrays.items():
+                warp(array[None], on_patch, "linear" if kind == "image" else "nearest")
+        align_displacements(*fields, grid=grid)
+
+    return transform
 
 
 def peak_memory(case: str, cls_name: str, device: torch.device) -> float:
@@ -205,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--only", choices=("memory", "steps", "transforms"), help="one part of the benchmark")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "TRAINER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -214,9 +231,14 @@ def main() -> None:
         if arguments.memory_of:
             print(peak_memory(*arguments.memory_of, device))
             return
-        compare_memory(device)
-        compare_steps(device, arguments.repetitions)
-        compare_fields(arguments.repetitions)
+        parts = {
+            "memory": lambda: compare_memory(device),
+            "steps": lambda: compare_steps(device, arguments.repetitions),
+            "transforms": lambda: compare_fields(arguments.repetitions),
+        }
+        for name, part in parts.items():
+            if arguments.only in (None, name):
+                part()
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def test_6_voxels_outside_the_mask_cannot_change_the_loss(tiny, cls):
     trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
     logits_1, logits_2 = torch.randn(2, 2, 3, *tiny.patch)
     u1, u2 = trainer.draw_displacement(logits_1), trainer.draw_displacement(logits_1)
-    masked = ~inside_mask(align_displacements(u1, u2))
+    masked = ~inside_mask(align_displacements(u1, u2, grid=trainer.grid(tiny.patch)))
     assert 0 < masked.float().mean() < 0.5
     plain = trainer.consistency(logits_1, logits_2, u1, u2)
     for value in (100.0, float("nan")):

@@ -21,7 +21,15 @@ from torch import Tensor
 from nnunet_ssl.hyperparameters import HyperParameters, parameter
 from nnunet_ssl.losses import SoftIoULoss, probabilities, soft_iou_loss
 from nnunet_ssl.schedules import gaussian_ramp
-from nnunet_ssl.spatial import align_displacements, inside_mask, sample_displacement, warp
+from nnunet_ssl.spatial import (
+    SolverGrid,
+    align_displacements,
+    inside_mask,
+    sample_displacement,
+    solver_grid,
+    warp,
+    without_margin,
+)
 from nnunet_ssl.trainer import LossTerm, SemiSupervisedTrainer
 
 # Enough fields to say their strength to a few percent, few enough to cost nothing.
@@ -83,12 +91,14 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         if unlabeled is not None:
             data = torch.cat([data, unlabeled["data"]])
         u1, u2 = self.draw_displacement(data), self.draw_displacement(data)
-        outputs = self.network(torch.cat([warp(data, u1), warp(data, u2)]))
+        margin = self.grid(tuple(data.shape[2:])).margin
+        t1, t2 = without_margin(u1, margin), without_margin(u2, margin)
+        outputs = self.network(torch.cat([warp(data, t1), warp(data, t2)]))
         branch_1, branch_2 = _split(outputs, len(data))
 
         losses = [
-            self.supervised_loss(_first(branch, num_labeled), _warp_target(target, u[:num_labeled]))
-            for branch, u in ((branch_1, u1), (branch_2, u2))
+            self.supervised_loss(_first(branch, num_labeled), warp(target, t[:num_labeled], "nearest"))
+            for branch, t in ((branch_1, t1), (branch_2, t2))
         ]
         terms = {"supervised": LossTerm((losses[0] + losses[1]) / 2, 1.0)}
         if self.in_second_stage:
@@ -98,7 +108,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         return terms
 
     def draw_displacement(self, data: Tensor) -> Tensor:
-        """One branch's transforms t of a batch (B, C, *S): displacements (B, D, *S) in voxels."""
+        """One branch's transforms of a batch (B, C, *S): displacements in voxels, with the margin of ``grid``."""
         displacement = self._sample(len(data), tuple(data.shape[2:]), self.generator).to(data.device)
         moved = torch.rand(len(data), generator=self.generator, device=self.generator.device)
         moved = (moved >= self.hp.identity_probability).to(data.device)
@@ -110,13 +120,21 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         Args:
             logits_1: (B, K, *S), of the images warped by u1.
             logits_2: (B, K, *S), of the images warped by u2.
-            u1: (B, D, *S), in voxels.
-            u2: (B, D, *S), in voxels.
+            u1: (B, D, *(S + 2 margin)), in voxels, with the margin of ``grid``.
+            u2: Of the same shape.
         """
         regions = self.label_manager.has_regions
         p1, p2 = probabilities(logits_1, regions), probabilities(logits_2, regions)
-        alignment = align_displacements(u1, u2)
+        alignment = align_displacements(u1, u2, grid=self.grid(tuple(logits_1.shape[2:])))
         return soft_iou_loss(warp(p1, alignment, self.hp.interpolation), p2, inside_mask(alignment))
+
+    def grid(self, spatial_shape: tuple[int, ...]) -> SolverGrid:
+        """How far fields reach beyond a patch, and where their alignment is solved."""
+        return solver_grid(spatial_shape, self.hp.smoothness, self._fixed_axes)
+
+    @property
+    def _fixed_axes(self) -> tuple[int, ...]:
+        return (0,) if self.augments_slice_by_slice else ()
 
     def _sample(self, batch_size: int, spatial_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return sample_displacement(
@@ -125,7 +143,8 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
             smoothness=self.hp.smoothness,
             displacement_std=self.hp.displacement_std,
             generator=generator,
-            fixed_axes=(0,) if self.augments_slice_by_slice else (),
+            fixed_axes=self._fixed_axes,
+            margin=self.grid(spatial_shape).margin,
         )
 
     def _build_loss(self) -> torch.nn.Module:
@@ -161,7 +180,3 @@ def _first(outputs: Any, size: int) -> Any:
 
 def _full_resolution(outputs: Any) -> Tensor:
     return outputs[0] if isinstance(outputs, list) else outputs
-
-
-def _warp_target(target: Tensor, displacement: Tensor) -> Tensor:
-    return warp(target, displacement, "nearest")
