@@ -17,6 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replace_atomically
+from nnunet_ssl.networks import bare
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -32,7 +33,7 @@ def write_checkpoint(trainer: SemiSupervisedTrainer, filename: str) -> None:
     """
     stock_network = type(trainer).build_network_architecture is nnUNetTrainer.build_network_architecture
     checkpoint = {
-        "network_weights": trainer.bare_network().state_dict(),
+        "network_weights": bare(trainer.network).state_dict(),
         "optimizer_state": trainer.optimizer.state_dict(),
         "grad_scaler_state": trainer.grad_scaler.state_dict() if trainer.grad_scaler is not None else None,
         "logging": trainer.logger.get_checkpoint(),
@@ -45,6 +46,9 @@ def write_checkpoint(trainer: SemiSupervisedTrainer, filename: str) -> None:
             "trainer": type(trainer).__name__,
             "version": __version__,
             "hyperparameters": trainer.hp.as_dict(),
+            "partner": None
+            if trainer.partner is None
+            else {"weights": bare(trainer.partner).state_dict(), "plans": trainer.partner_plans()},
             "random_state": random_state(trainer.device, trainer.generator),
         },
     }

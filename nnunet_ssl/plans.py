@@ -7,8 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.hyperparameters import PLANS_KEY
+
+# The two families of U-Nets that nnU-Net plans, and how many residual blocks it gives to each stage of the second.
+PLAIN = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+_RESIDUAL_BLOCKS = (1, 3, 4, 6)
 
 # InstanceNorm needs more than one voxel per channel; nnU-Net plans no bottleneck smaller than this either.
 SMALLEST_BOTTLENECK = 4
@@ -19,6 +26,45 @@ def with_hyperparameters(plans: Mapping[str, Any], name: str, values: Mapping[st
     derived = copy.deepcopy(dict(plans))
     derived["plans_name"] = name
     derived[PLANS_KEY] = {**derived.get(PLANS_KEY, {}), **values}
+    return derived
+
+
+def with_partner_network(plans: Mapping[str, Any], name: str, configuration: str) -> dict[str, Any]:
+    """A copy of the plans under a new name, in which one configuration has its partner network.
+
+    The partner has the same patch, batch, stages, strides, kernels and features, but belongs to the other family: the
+    residual-encoder U-Net that nnU-Net plans at the same memory (one decoder convolution per stage and 1, 3, 4, 6, 6,
+    ... blocks), or, where the plans have one already, the plain U-Net (two convolutions per stage).
+
+    Args:
+        plans: nnU-Net's plans.
+        name: Name of the new plans.
+        configuration: Which one to change.
+
+    Raises:
+        UserError: For a network of neither family.
+    """
+    derived = copy.deepcopy(dict(plans))
+    derived["plans_name"] = name
+    architecture = copy.deepcopy(PlansManager(derived).get_configuration(configuration).configuration["architecture"])
+    settings, family = architecture["arch_kwargs"], architecture["network_class_name"]
+    stages = settings["n_stages"]
+    if family == PLAIN:
+        del settings["n_conv_per_stage"]
+        deeper = [_RESIDUAL_BLOCKS[-1]] * stages
+        settings["n_blocks_per_stage"] = [*_RESIDUAL_BLOCKS, *deeper][:stages]
+        settings["n_conv_per_stage_decoder"] = [1] * (stages - 1)
+    elif family == RESIDUAL:
+        del settings["n_blocks_per_stage"]
+        settings["n_conv_per_stage"] = [2] * stages
+        settings["n_conv_per_stage_decoder"] = [2] * (stages - 1)
+    else:
+        raise UserError(
+            f"No partner is known for the network {family} of {configuration}; expected {PLAIN.rpartition('.')[2]} or "
+            f"{RESIDUAL.rpartition('.')[2]}, as nnU-Net's planners write."
+        )
+    architecture["network_class_name"] = RESIDUAL if family == PLAIN else PLAIN
+    derived["configurations"][configuration]["architecture"] = architecture
     return derived
 
 

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
@@ -30,6 +29,8 @@ from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkp
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.hyperparameters import HyperParameters
 from nnunet_ssl.losses import downsample_target
+from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
+from nnunet_ssl.optimization import LossTerm, backward_and_step, weighted_sum
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.schedules import RestartingPolyLRScheduler, first_epoch_of_second_stage
 from nnunet_ssl.term_logger import TermLogger
@@ -45,13 +46,6 @@ from nnunet_ssl.unlabeled_data import (
 )
 
 
-class LossTerm(NamedTuple):
-    """A scalar tensor and its weight in the total."""
-
-    value: Tensor
-    weight: float
-
-
 class SemiSupervisedTrainer(nnUNetTrainer, ABC):
     """nnU-Net's trainer with a second loader, for cases without labels, and with named loss terms.
 
@@ -60,12 +54,14 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
     restarted at the switch.
 
     A method sets ``hyperparameters_class``; ``term_names``, the loss terms it returns, in the order of the log;
-    ``uses_unlabeled``, whether it needs the second loader; ``transductive``, whether it learns from validation and
-    test images too.
+    ``statistic_names``, what else it tells about a step; ``uses_unlabeled``, whether it needs the second loader;
+    ``transductive``, whether it learns from validation and test images too. A method with a second network implements
+    ``partner_plans``; the network is then trained by the same optimizer, saved, resumed and exported.
     """
 
     hyperparameters_class: ClassVar[type[HyperParameters]] = HyperParameters
     term_names: ClassVar[tuple[str, ...]] = ("supervised",)
+    statistic_names: ClassVar[tuple[str, ...]] = ()
     uses_unlabeled: ClassVar[bool] = False
     transductive: ClassVar[bool] = False
     batch_size: int
@@ -95,7 +91,9 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         self.weight_decay = self.hp.weight_decay
         self.save_every = self.hp.save_every
         self.oversample_foreground_percent = self.hp.oversample_foreground_percent
-        self.logger.local_logger = TermLogger(self.term_names)
+        self.logger.local_logger = TermLogger(self.term_names, self.statistic_names)
+        self.partner: nn.Module | None = None
+        self.statistics: dict[str, Tensor | float] = {}
         self.unlabeled_batch_size = 0
         self.dataloader_unlabeled: Iterator[dict[str, Any]] | None = None
         self.generator = torch.Generator()
@@ -117,8 +115,13 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             unlabeled: ``data`` (B_u, C, *S) on the device, and ``keys``; None in stage 1 and for methods without it.
 
         Returns:
-            A term per name of ``term_names``; one that is not computed in this stage may be left out.
+            A term per name of ``term_names``; one that is not computed in this stage may be left out. What
+            ``statistic_names`` announces goes into ``self.statistics``, numbers or scalar tensors.
         """
+
+    def partner_plans(self) -> dict[str, Any] | None:
+        """Plans whose network is the method's second network; None for methods with one network."""
+        return None
 
     def after_step(self) -> None:
         """Called after every optimizer step, for what follows the weights (averages, roles)."""
@@ -148,6 +151,11 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         patch_size = self.configuration_manager.patch_size
         return len(patch_size) == 3 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The plan's network, and the partner where there is one."""
+        return [self.network] if self.partner is None else [self.network, self.partner]
+
     # ---- nnU-Net's hooks, in the order of a training ----------------------------------------------------------------
 
     def initialize(self) -> None:
@@ -157,6 +165,11 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             # Weights alike on all ranks (DDP would copy rank 0's anyway), everything drawn later different.
             torch.manual_seed(self.hp.seed)
         super().initialize()
+        plans = self.partner_plans()
+        if plans is not None:
+            self.partner = build_partner(self, plans)
+            # One optimizer, so that one learning rate and one gradient scaler serve both networks.
+            self.optimizer.add_param_group({"params": list(self.partner.parameters())})
         self.generator = torch.Generator(device=self.device if self.device.type == "cuda" else "cpu")
         if self.hp.seed is None:
             self.generator.seed()
@@ -164,6 +177,12 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             self.generator.manual_seed(self.hp.seed + rank)
             torch.manual_seed(self.hp.seed + rank)
             np.random.seed(self.hp.seed + rank)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch deep supervision of all networks."""
+        super().set_deep_supervision_enabled(enabled)
+        for network in self.networks[1:]:
+            set_deep_supervision(network, enabled)
 
     def _set_batch_size_and_oversample(self) -> None:
         super()._set_batch_size_and_oversample()
@@ -231,9 +250,11 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             self._state_to_restore = None
 
     def on_train_epoch_start(self) -> None:
-        """Announce the switch of stages."""
+        """Put the networks into training mode and announce the switch of stages."""
         self._iterations_done_in_epoch = 0
         super().on_train_epoch_start()
+        for network in self.networks:
+            network.train()
         if 0 < self.switch_epoch == self.current_epoch:
             self.print_to_log_file("Stage 2: the semi-supervised terms are on, the learning rate restarts")
 
@@ -246,18 +267,19 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             terms = self.loss_terms(labeled, unlabeled)
-            total = _weighted_sum(terms)
-        self._backward_and_step(total)
+            total = weighted_sum(terms)
+        backward_and_step(total, self.networks, self.optimizer, self.grad_scaler)
         self.after_step()
         self._iterations_done_in_epoch += 1
-        values = [terms[name].value.detach().float() if name in terms else None for name in self.term_names]
-        nothing = total.new_full((), float("nan"), dtype=torch.float32)
+        logged = {name: term.value for name, term in terms.items()} | self.statistics
+        values = [total, *(logged.get(name, float("nan")) for name in (*self.term_names, *self.statistic_names))]
         # One transfer for all values: a step waits for the device no more often than the stock trainer's.
-        logged = torch.stack([total.detach().float(), *(nothing if v is None else v for v in values)]).cpu().numpy()
-        return {"loss": logged[0], "terms": logged[1:]}
+        tensors = [torch.as_tensor(v, dtype=torch.float32, device=self.device).detach() for v in values]
+        numbers = torch.stack(tensors).cpu().numpy()
+        return {"loss": numbers[0], "terms": numbers[1:]}
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        """Log the mean of every term over the epoch and over ranks."""
+        """Log the mean of every term and statistic over the epoch and over ranks."""
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
         # The same terms were on in every step of the epoch: stages switch between epochs.
         means = np.stack([output["terms"] for output in train_outputs]).mean(0)
@@ -265,7 +287,7 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, means)
             means = np.stack(gathered).mean(0)
-        for name, mean in zip(self.term_names, means):
+        for name, mean in zip((*self.term_names, *self.statistic_names), means):
             self.logger.log(TermLogger.key(name), float(mean), self.current_epoch)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -275,8 +297,11 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
 
     def on_epoch_end(self) -> None:
         """Print the loss terms, then nnU-Net's lines; write its checkpoints and progress.png."""
-        terms = [(n, self.logger.get_value(TermLogger.key(n), step=-1)) for n in self.term_names]
-        self.print_to_log_file("loss terms:", ", ".join(f"{n} {v:.4f}" for n, v in terms if not np.isnan(v)))
+        for title, names in (("loss terms:", self.term_names), ("statistics:", self.statistic_names)):
+            values = [(n, self.logger.get_value(TermLogger.key(n), step=-1)) for n in names]
+            said = ", ".join(f"{n} {v:.4f}" for n, v in values if not np.isnan(v))
+            if said:
+                self.print_to_log_file(title, said)
         super().on_epoch_end()
 
     def on_train_end(self) -> None:
@@ -302,6 +327,8 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         """Load nnU-Net's part and ours; random states are put back when training starts."""
         super().load_checkpoint(filename_or_checkpoint)
         state = read_state(filename_or_checkpoint, type(self).__name__)
+        if self.partner is not None:
+            bare(self.partner).load_state_dict(state["partner"]["weights"])
         changed = {k: v for k, v in self.hp.as_dict().items() if state["hyperparameters"].get(k) != v}
         if changed:
             self.print_to_log_file(f"WARNING: the plans have changed since this checkpoint was written: {changed}")
@@ -344,11 +371,6 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             self.print_to_log_file(note)
         return cases
 
-    def bare_network(self) -> torch.nn.Module:
-        """The network without the wrappers of DDP and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
-
     # ---- internals --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -375,26 +397,3 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    def _backward_and_step(self, total: Tensor) -> None:
-        # Step for step what the stock trainer does, the clipping norm of 12 included.
-        if self.grad_scaler is not None:
-            self.grad_scaler.scale(total).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.optimizer.step()
-
-
-def _weighted_sum(terms: dict[str, LossTerm]) -> Tensor:
-    total: Tensor | None = None
-    for value, weight in terms.values():
-        part = value if weight == 1.0 else weight * value
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("loss_terms returned no term; at least one is needed.")
-    return total

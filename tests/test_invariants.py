@@ -276,10 +276,10 @@ def test_8_dimensions_channels_and_classes(tmp_path, trainer_class, patch, chann
     trainer = tiny.trainer(trainer_class, supervised_fraction=0.5, num_epochs=2, num_iterations_per_epoch=1)
     weights = train(trainer)
     assert all(torch.isfinite(w).all() for w in weights.values())
-    terms = trainer.logger.get_value("loss_supervised", step=None)
+    terms = trainer.logger.get_value("ssl_supervised", step=None)
     assert len(terms) == 2
     assert np.isfinite(terms).all()
     if trainer_class in SEMI:
-        first, second = trainer.logger.get_value("loss_consistency", step=None)
+        first, second = trainer.logger.get_value("ssl_consistency", step=None)
         assert np.isnan(first), "the consistency term is off in stage 1"
         assert 0 < second < 1

@@ -92,10 +92,10 @@ def test_stages_and_the_log(tiny):
     rates = trainer.logger.get_value("lrs", step=None)
     assert rates[0] == rates[2] == trainer.initial_lr
     assert rates[1] == rates[3] < rates[0]
-    consistency = trainer.logger.get_value("loss_consistency", step=None)
+    consistency = trainer.logger.get_value("ssl_consistency", step=None)
     assert np.isnan(consistency[:2]).all()
     assert np.isfinite(consistency[2:]).all()
-    losses, supervised = (trainer.logger.get_value(k, step=None) for k in ("train_losses", "loss_supervised"))
+    losses, supervised = (trainer.logger.get_value(k, step=None) for k in ("train_losses", "ssl_supervised"))
     assert losses[1] == pytest.approx(supervised[1], abs=1e-5)
     assert losses[3] == pytest.approx(supervised[3] + consistency[3], abs=1e-5)
     text = log_of(trainer)

@@ -229,4 +229,4 @@ def test_background_workers(tiny, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.0, num_epochs=1)
     trainer.run_training()
-    assert len(trainer.logger.get_value("loss_consistency", step=None)) == 1
+    assert len(trainer.logger.get_value("ssl_consistency", step=None)) == 1

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from nnunet_ssl.hyperparameters import HyperParameters, parameter
 from nnunet_ssl.losses import SoftIoULoss, probabilities, soft_iou_loss
+from nnunet_ssl.networks import full_resolution
+from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.schedules import gaussian_ramp
 from nnunet_ssl.spatial import (
     SolverGrid,
@@ -30,7 +32,7 @@ from nnunet_ssl.spatial import (
     warp,
     without_margin,
 )
-from nnunet_ssl.trainer import LossTerm, SemiSupervisedTrainer
+from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 # Enough fields to say their strength to a few percent, few enough to cost nothing.
 _NUM_FIELDS_SAID = 16
@@ -103,7 +105,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         terms = {"supervised": LossTerm((losses[0] + losses[1]) / 2, 1.0)}
         if self.in_second_stage:
             weight = self.hp.consistency_weight * gaussian_ramp(self.stage_progress, self.hp.consistency_ramp)
-            consistency = self.consistency(_full_resolution(branch_1), _full_resolution(branch_2), u1, u2)
+            consistency = self.consistency(full_resolution(branch_1), full_resolution(branch_2), u1, u2)
             terms["consistency"] = LossTerm(consistency, weight)
         return terms
 
@@ -176,7 +178,3 @@ def _split(outputs: Any, size: int) -> tuple[Any, Any]:
 
 def _first(outputs: Any, size: int) -> Any:
     return [o[:size] for o in outputs] if isinstance(outputs, list) else outputs[:size]
-
-
-def _full_resolution(outputs: Any) -> Tensor:
-    return outputs[0] if isinstance(outputs, list) else outputs

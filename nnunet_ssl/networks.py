@@ -1,0 +1,95 @@
+"""Second networks, and the features inside a network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """A network without the wrappers of DDP and torch.compile."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def build_partner(trainer: SemiSupervisedTrainer, plans: dict[str, Any]) -> nn.Module:
+    """A second network on the trainer's device, built, compiled and wrapped as nnU-Net does with the first.
+
+    Args:
+        trainer: Already initialized by nnU-Net.
+        plans: Whose network it is, in the trainer's configuration.
+    """
+    manager = PlansManager(plans)
+    partner = trainer.build_network_architecture(
+        manager,
+        manager.get_configuration(trainer.configuration_name),
+        trainer.num_input_channels,
+        trainer.label_manager.num_segmentation_heads,
+        trainer.enable_deep_supervision,
+    ).to(trainer.device)
+    if trainer._do_i_compile():
+        partner = torch.compile(partner)
+    if trainer.is_ddp:
+        partner = nn.SyncBatchNorm.convert_sync_batchnorm(partner)
+        partner = nn.parallel.DistributedDataParallel(partner, device_ids=[trainer.local_rank])
+    return partner
+
+
+def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
+    """Whether a network of nnU-Net's families returns logits at all resolutions, or at the full one alone."""
+    decoder: Any = bare(network).decoder
+    decoder.deep_supervision = enabled
+
+
+class FeatureTap:
+    """Keeps the features of the last decoder stage, what the full-resolution segmentation head reads.
+
+    Args:
+        network: A U-Net of nnU-Net's family, before or after it is wrapped.
+
+    Raises:
+        UserError: For a network without a decoder of segmentation heads.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        heads = getattr(getattr(bare(network), "decoder", None), "seg_layers", None)
+        if not heads:
+            raise UserError(
+                f"The contrastive term needs the features before the segmentation head, which were not found in "
+                f"{type(bare(network)).__name__}; expected decoder.seg_layers as in nnU-Net's U-Nets. Switch the term "
+                f"off with contrastive_weight=0, or use another network."
+            )
+        self._features: Tensor | None = None
+        heads[-1].register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._features = inputs[0]
+
+    def take(self) -> Tensor:
+        """The features (B, C, *S) of the latest forward pass; a second call without another pass fails."""
+        assert self._features is not None, "no forward pass since the last take"
+        features, self._features = self._features, None
+        return features
+
+
+def full_resolution(outputs: Any) -> Tensor:
+    """The logits at full resolution of what a network returns, with or without deep supervision."""
+    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over all ranks of a training on several devices; the values themselves on one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values = values / torch.distributed.get_world_size()
+    return values
