@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,129 @@ def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> 
     return 1.0 - iou.mean()
 
 
+def soft_dice_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - mean over channels of 2 sum(p q) / sum(p + q), summed over the batch.
+
+    Args:
+        first: Probabilities (B, K, *S).
+        second: A one-hot map (B, K, *S).
+        mask: (B, 1, *S), boolean; voxels that count.
+
+    Returns:
+        Scalar in [0, 1].
+    """
+    overlap, total = first * second, first + second
+    if mask is not None:
+        overlap, total = (torch.where(mask, t, 0.0) for t in (overlap, total))
+    axes = [0, *range(2, first.ndim)]
+    return 1.0 - ((2 * overlap.sum(axes) + SMOOTH) / (total.sum(axes) + SMOOTH)).mean()
+
+
+def target_maps(
+    target: Tensor, num_channels: int, has_regions: bool, ignore_label: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """nnU-Net's targets as maps that compare with probabilities.
+
+    Args:
+        target: Label map (B, 1, *S) or, with regions, channels (B, R, *S), the ignored voxels being a last one.
+        num_channels: K, the network's output channels.
+        has_regions: Whether channels are overlapping regions.
+        ignore_label: nnU-Net's ignore label, if the data set has one.
+
+    Returns:
+        0/1 maps (B, K, *S) in float32, and the mask (B, 1, *S) of voxels that are not ignored; None if all count.
+    """
+    if has_regions:
+        if ignore_label is None:
+            return target.float(), None
+        return target[:, :-1].float(), ~target[:, -1:].bool()
+    labels, mask = target[:, 0].long(), None
+    if ignore_label is not None:
+        mask = (labels != ignore_label)[:, None]
+        labels = torch.where(mask[:, 0], labels, 0)
+    return functional.one_hot(labels, num_channels).movedim(-1, 1).float(), mask
+
+
+def log_probabilities(logits: Tensor, has_regions: bool, temperature: float = 1.0) -> Tensor:
+    """Logarithms of probabilities in groups of exclusive classes, in float32.
+
+    The softmax over K classes is one group of K; K regions are K groups of two, absent and present. So every loss
+    below is written once for both.
+
+    Args:
+        logits: (B, C, *S).
+        has_regions: Whether channels are overlapping regions.
+        temperature: Divides the logits; below 1 sharpens.
+
+    Returns:
+        (B, G, K, *S): G = 1, K = C for classes; G = C, K = 2 for regions.
+    """
+    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    if has_regions:
+        return torch.stack([functional.logsigmoid(-scaled), functional.logsigmoid(scaled)], dim=2)
+    return functional.log_softmax(scaled, dim=1)[:, None]
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Shannon entropy in nats, the mean over groups: (B, G, K, *S) to (B, *S)."""
+    return -(log_p.exp() * log_p).sum(2).mean(1)
+
+
+def upper_threshold(values: Tensor, fraction: float) -> Tensor:
+    """The smallest value that at least this fraction of the values does not exceed: an empirical quantile.
+
+    Without interpolation (numpy's method "inverted_cdf"), so that it is one of the values; on the device, for tensors
+    of any size (torch.quantile stops at 2^24).
+
+    Args:
+        values: Any shape, not empty.
+        fraction: In [0, 1].
+
+    Returns:
+        Scalar tensor.
+    """
+    flat = values.flatten()
+    rank = min(max(math.ceil(fraction * flat.numel()), 1), flat.numel())
+    # The larger values are fewer than the smaller ones, and topk works in parallel where kthvalue does not.
+    return flat.topk(flat.numel() - rank + 1, sorted=False).values.min()
+
+
+def pseudo_label_cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy against pseudo-labels, voxel by voxel: the mean over groups.
+
+    Args:
+        log_p: (B, G, K, *S).
+        labels: (B, G, *S), whole numbers below K.
+
+    Returns:
+        (B, *S).
+    """
+    return -log_p.gather(2, labels[:, :, None])[:, :, 0].mean(1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the voxels where the mask is true; 0 where there is none, with a gradient of 0."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+def cosine_distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """1 - cos(p, q) along the class axis, voxel by voxel; the classes of all groups form one vector.
+
+    Args:
+        log_p: (B, G, K, *S).
+        log_q: Of the same shape.
+
+    Returns:
+        (B, *S), in [0, 1].
+    """
+    return 1.0 - functional.cosine_similarity(log_p.exp().flatten(1, 2), log_q.exp().flatten(1, 2), dim=1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, voxel by voxel: the mean over groups; (B, G, K, *S) twice to (B, *S)."""
+    return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
+
+
 class SoftIoULoss(nn.Module):
     """``soft_iou_loss`` of logits against nnU-Net's targets: label maps or region channels, with ignore label.
 
@@ -69,19 +193,8 @@ class SoftIoULoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Loss of logits (B, K, *S) against target (B, 1, *S) or region channels (B, R, *S)."""
         predicted = probabilities(logits, self.has_regions)
-        mask = None
-        if self.has_regions:
-            if self.ignore_label is not None:
-                mask = ~target[:, -1:].bool()
-                target = target[:, :-1]
-            truth = target.to(predicted.dtype)
-        else:
-            labels = target[:, 0].long()
-            if self.ignore_label is not None:
-                mask = (labels != self.ignore_label)[:, None]
-                labels = torch.where(mask[:, 0], labels, 0)
-            truth = functional.one_hot(labels, predicted.shape[1]).movedim(-1, 1).to(predicted.dtype)
-        return soft_iou_loss(predicted, truth, mask)
+        truth, mask = target_maps(target, predicted.shape[1], self.has_regions, self.ignore_label)
+        return soft_iou_loss(predicted, truth.to(predicted.dtype), mask)
 
 
 def downsample_target(target: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

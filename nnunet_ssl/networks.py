@@ -52,10 +52,10 @@ def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
 
 
 class FeatureTap:
-    """Keeps the features of the last decoder stage, what the full-resolution segmentation head reads.
+    """Runs a network and gives the features of its last decoder stage too, what the full-resolution head reads.
 
     Args:
-        network: A U-Net of nnU-Net's family, before or after it is wrapped.
+        network: A U-Net of nnU-Net's family, wrapped or not.
 
     Raises:
         UserError: For a network without a decoder of segmentation heads.
@@ -69,17 +69,24 @@ class FeatureTap:
                 f"{type(bare(network)).__name__}; expected decoder.seg_layers as in nnU-Net's U-Nets. Switch the term "
                 f"off with contrastive_weight=0, or use another network."
             )
+        self._network = network
+        self._wanted = False
         self._features: Tensor | None = None
         heads[-1].register_forward_pre_hook(self._keep)
 
-    def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._features = inputs[0]
-
-    def take(self) -> Tensor:
-        """The features (B, C, *S) of the latest forward pass; a second call without another pass fails."""
-        assert self._features is not None, "no forward pass since the last take"
+    def __call__(self, data: Tensor) -> tuple[Any, Tensor]:
+        """The network's outputs and the features (B, C, *S)."""
+        # Only now: keeping the features of every pass would keep its whole graph alive.
+        self._wanted = True
+        outputs = self._network(data)
+        self._wanted = False
         features, self._features = self._features, None
-        return features
+        assert features is not None
+        return outputs, features
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._wanted:
+            self._features = inputs[0]
 
 
 def full_resolution(outputs: Any) -> Tensor:

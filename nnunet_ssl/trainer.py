@@ -54,13 +54,15 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
     restarted at the switch.
 
     A method sets ``hyperparameters_class``; ``term_names``, the loss terms it returns, in the order of the log;
-    ``statistic_names``, what else it tells about a step; ``uses_unlabeled``, whether it needs the second loader;
-    ``transductive``, whether it learns from validation and test images too. A method with a second network implements
-    ``partner_plans``; the network is then trained by the same optimizer, saved, resumed and exported.
+    ``unlabeled_terms``, those that need more than labels; ``statistic_names``, what else it tells about a step;
+    ``uses_unlabeled``, whether it needs the second loader; ``transductive``, whether it learns from validation and test
+    images too. A method with a second network implements ``partner_plans``; the network is then trained by the same
+    optimizer, saved, resumed and exported.
     """
 
     hyperparameters_class: ClassVar[type[HyperParameters]] = HyperParameters
     term_names: ClassVar[tuple[str, ...]] = ("supervised",)
+    unlabeled_terms: ClassVar[tuple[str, ...]] = ()
     statistic_names: ClassVar[tuple[str, ...]] = ()
     uses_unlabeled: ClassVar[bool] = False
     transductive: ClassVar[bool] = False

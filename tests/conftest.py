@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ PATCHES = {"2d": (32, 32), "3d": (16, 16, 16), "anisotropic": (4, 32, 32)}
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    # More threads than cores this process may use would wait for each other.
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(2, available))
 
 
 def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4, ssl: dict | None = None) -> dict:

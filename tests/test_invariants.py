@@ -13,19 +13,21 @@ from conftest import PATCHES, SSL, TinyDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSupTC
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 
-SEMI = [t for t in TRAINERS if "consistency" in t.term_names]
+SEMI = [t for t in TRAINERS if t.unlabeled_terms]
+SIAMESE = [t for t in TRAINERS if issubclass(t, nnUNetTrainerSupTC)]
 # What switches a method's own terms and transforms off.
-NEUTRAL = {"consistency_weight": 0.0, "identity_probability": 1.0}
+NEUTRAL = {"identity_probability": 1.0} | {f"{name}_weight": 0.0 for t in TRAINERS for name in t.unlabeled_terms}
 
 
 def initialized(tiny: TinyDataset, cls: type, **ssl: Any) -> Any:
     trainer = tiny.trainer(cls, **ssl)
     trainer.initialize()
     trainer.set_deep_supervision_enabled(True)
-    trainer.network.train()
+    for network in trainer.networks:
+        network.train()
     return trainer
 
 
@@ -41,7 +43,8 @@ def parameters(trainer: Any) -> list[torch.Tensor]:
 
 def train(trainer: Any) -> dict[str, torch.Tensor]:
     trainer.run_training()
-    return {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    networks = getattr(trainer, "networks", [trainer.network])
+    return {f"{i}.{k}": v.clone() for i, network in enumerate(networks) for k, v in network.state_dict().items()}
 
 
 def assert_equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -49,44 +52,69 @@ def assert_equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch
         assert torch.equal(first[name], second[name]), f"{name} differs"
 
 
-@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
-@pytest.mark.parametrize("cls", SEMI, ids=lambda c: c.__name__)
-def test_1_unlabeled_gradient_reaches_every_parameter(tiny, cls, interpolation):
-    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0, interpolation=interpolation)
-    labeled, unlabeled = tiny.batches(trainer)
-    terms = trainer.loss_terms(labeled, unlabeled if cls.uses_unlabeled else None)
-    terms["consistency"].value.backward()
-    without = []
-    for name, parameter in trainer.network.named_parameters():
-        # The heads of coarser resolutions serve deep supervision alone; the consistency term is at full resolution.
-        heads = len(trainer.network.decoder.seg_layers)
-        if "seg_layers" in name and f"seg_layers.{heads - 1}." not in name:
+def untouched(network: nn.Module, *, past_head: bool) -> list[str]:
+    """Parameters that did not get the gradient of a term on full resolution: predictions, or features before them."""
+    heads = len(network.decoder.seg_layers)
+    names = []
+    for name, parameter in network.named_parameters():
+        # The heads of coarser resolutions serve deep supervision alone.
+        if "seg_layers" in name and (not past_head or f"seg_layers.{heads - 1}." not in name):
             continue
         # A bias before InstanceNorm has no effect on the output, so its gradient is rounding noise or zero.
         if name.endswith("conv.bias") or ".all_modules.0.bias" in name:
             continue
         if parameter.grad is None or not parameter.grad.abs().max() > 0:
-            without.append(name)
-    assert not without
+            names.append(name)
+    return names
+
+
+TERMS = [(t, name) for t in SEMI for name in t.unlabeled_terms]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+@pytest.mark.parametrize(("cls", "term"), TERMS, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_1_unlabeled_gradient_reaches_one_network_and_no_other(tmp_path, cls, term, patch):
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0)
+    for parameter in (p for n in trainer.networks for p in n.parameters()):
+        # Residual blocks start with a gain of zero, and so with no gradient before it.
+        if not parameter.any():
+            torch.nn.init.constant_(parameter, 0.5)
+    labeled, unlabeled = tiny.batches(trainer)
+    trainer.loss_terms(labeled, unlabeled if cls.uses_unlabeled else None)[term].value.backward()
+    learning = [n for n in trainer.networks if any(p.grad is not None and p.grad.any() for p in n.parameters())]
+    assert len(learning) == 1
+    assert not untouched(learning[0], past_head=term != "contrastive")
+
+
+@pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)
+def test_1_gradient_of_nearest_interpolation_reaches_every_parameter(tiny, cls):
+    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
+    labeled, unlabeled = tiny.batches(trainer)
+    trainer.loss_terms(labeled, unlabeled if cls.uses_unlabeled else None)["consistency"].value.backward()
+    assert not untouched(trainer.network, past_head=True)
 
 
 @pytest.mark.parametrize("branch", [0, 1])
 def test_1_gradient_flows_through_both_branches(tiny, branch):
-    trainer = initialized(tiny, SEMI[0], supervised_fraction=0.0, identity_probability=0.0)
+    trainer = initialized(tiny, SIAMESE[0], supervised_fraction=0.0, identity_probability=0.0)
     logits = [torch.randn(2, 3, *tiny.patch, requires_grad=True) for _ in range(2)]
     u1, u2 = (trainer.draw_displacement(logits[0]) for _ in range(2))
     trainer.consistency(*logits, u1, u2).backward()
     assert logits[branch].grad.abs().max() > 0
 
 
-def test_1_unlabeled_images_change_the_gradient(tiny):
+@pytest.mark.parametrize("cls", [t for t in SEMI if t.uses_unlabeled], ids=lambda c: c.__name__)
+def test_1_unlabeled_images_change_the_gradient(tiny, cls):
     gradients = []
     for seed in (1, 2):
-        trainer = initialized(tiny, next(t for t in TRAINERS if t.uses_unlabeled), supervised_fraction=0.0)
+        trainer = initialized(tiny, cls, supervised_fraction=0.0)
         labeled, _ = tiny.batches(trainer)
         _, unlabeled = tiny.batches(trainer, seed)
-        trainer.loss_terms(labeled, unlabeled)["consistency"].value.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]))
+        terms = trainer.loss_terms(labeled, unlabeled)
+        sum(terms[name].value for name in cls.unlabeled_terms).backward()
+        parameters = [p for network in trainer.networks for p in network.parameters()]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     assert not torch.allclose(*gradients)
 
 
@@ -101,9 +129,9 @@ def shared_storages(trainer: Any) -> int:
 def test_2_no_network_shares_storage_with_another(tiny, trainer_class):
     trainer = initialized(tiny, trainer_class)
     assert shared_storages(trainer) == 0
-    trainer.partner = nn.Sequential(trainer.network.encoder)
+    trainer.second = nn.Sequential(trainer.network.encoder)
     assert shared_storages(trainer) > 0, "sharing goes unseen"
-    trainer.partner = copy.deepcopy(trainer.network)
+    trainer.second = copy.deepcopy(trainer.network)
     assert shared_storages(trainer) == 0
 
 
@@ -158,7 +186,7 @@ def test_4_equals_the_stock_trainer_with_everything_switched_off(tmp_path, train
             ).to(torch.int16)
             for scale in scales
         ]
-        ours = trainer.train_step(labeled)["loss"]
+        ours = trainer.train_step(labeled)["terms"][0]
         theirs = stock.train_step({"data": labeled["data"], "target": targets})["loss"]
         assert ours == pytest.approx(float(theirs), abs=1e-4)
     after = parameters(trainer)
@@ -177,7 +205,7 @@ def test_4_supervised_equals_the_stock_trainer_through_a_whole_training(tiny):
     np.random.seed(SSL["seed"])
     stock.run_training()
     for name, value in stock.network.state_dict().items():
-        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights[f"0.{name}"], value, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -214,7 +242,7 @@ def stop_at_epoch(trainer: SemiSupervisedTrainer, epoch: int) -> None:
     trainer.on_epoch_start = stop
 
 
-@pytest.mark.parametrize("cls", SEMI, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)
 def test_6_voxels_outside_the_mask_cannot_change_the_loss(tiny, cls):
     from nnunet_ssl.spatial import align_displacements, inside_mask
 
@@ -255,7 +283,7 @@ def test_7_terms_are_finite_under_autocast(tiny, trainer_class, name, supervised
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("cls", SEMI, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)
 def test_7_confident_predictions_have_finite_loss_and_gradient(tiny, cls, dtype):
     trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0)
     one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, (2, *tiny.patch)), 3).movedim(-1, 1)
@@ -279,7 +307,8 @@ def test_8_dimensions_channels_and_classes(tmp_path, trainer_class, patch, chann
     terms = trainer.logger.get_value("ssl_supervised", step=None)
     assert len(terms) == 2
     assert np.isfinite(terms).all()
-    if trainer_class in SEMI:
-        first, second = trainer.logger.get_value("ssl_consistency", step=None)
-        assert np.isnan(first), "the consistency term is off in stage 1"
-        assert 0 < second < 1
+    for name in trainer_class.unlabeled_terms:
+        first, second = trainer.logger.get_value(f"ssl_{name}", step=None)
+        assert np.isnan(first), f"{name} is off in stage 1"
+        assert np.isfinite(second)
+        assert second > 0

@@ -115,7 +115,7 @@ def test_configure_writes_a_plans_file(preprocessed, capsys):
         (("--set", "epochs=3"), "Unknown hyper-parameter 'epochs'"),
         (("--set", "num_epochs"), "expected NAME=VALUE"),
         (("--set", "num_epochs=many"), "must be a whole number, got 'many'"),
-        (("--downscale", "2"), "Name the configuration to make smaller with -c"),
+        (("--downscale", "2"), "Name the configuration whose network to change with -c"),
         (("-p", "Missing"), "Missing.json is missing"),
     ],
 )

@@ -1,5 +1,6 @@
 """Where nnU-Net finds the trainers of nnunet-ssl: the folder of this file is what nnUNet_extTrainer names."""
 
+from nnunet_ssl.methods.dual_network import nnUNetTrainerDualNet
 from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
 from nnunet_ssl.methods.transformation_consistency import (
     nnUNetTrainerSemiTC,
@@ -7,4 +8,10 @@ from nnunet_ssl.methods.transformation_consistency import (
     nnUNetTrainerSupTC,
 )
 
-__all__ = ["nnUNetTrainerSemiTC", "nnUNetTrainerSemiTCPlus", "nnUNetTrainerSupTC", "nnUNetTrainerSupervised"]
+__all__ = [
+    "nnUNetTrainerDualNet",
+    "nnUNetTrainerSemiTC",
+    "nnUNetTrainerSemiTCPlus",
+    "nnUNetTrainerSupTC",
+    "nnUNetTrainerSupervised",
+]

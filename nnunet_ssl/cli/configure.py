@@ -25,9 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a hyper-parameter; values as in JSON, e.g. num_epochs=20, mirror_axes=[], interpolation=nearest. "
         "'nnunet-ssl trainers TRAINER' lists them",
     )
+    parser.add_argument("-c", dest="configuration", metavar="CONFIGURATION", help="whose network to change")
     parser.add_argument("--overwrite", action="store_true", help="replace the plans of that name")
+    parser.add_argument(
+        "--partner-network",
+        action="store_true",
+        help="replace the network of -c by the one that nnUNetTrainerDualNet pairs it with, to train that one alone",
+    )
     small = parser.add_argument_group("a smaller network (for CPUs and quick experiments)")
-    small.add_argument("-c", dest="configuration", metavar="CONFIGURATION", help="the configuration to change")
     small.add_argument(
         "--downscale", type=float, default=1.0, metavar="X", help="coarser voxels; run nnUNetv2_preprocess afterwards"
     )
@@ -42,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.files import write_atomically
     from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_variables
-    from nnunet_ssl.plans import shrink, with_hyperparameters
+    from nnunet_ssl.plans import shrink, with_hyperparameters, with_partner_network
 
     (preprocessed,) = require_variables("nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)
@@ -63,8 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
             base_features=arguments.base_features,
             max_features=arguments.max_features,
         )
-    elif arguments.downscale != 1 or any(size is not None for size in sizes):
-        raise UserError("Name the configuration to make smaller with -c, e.g. -c 2d.")
+        if arguments.partner_network:
+            plans = with_partner_network(plans, arguments.output, arguments.configuration)
+    elif arguments.partner_network or arguments.downscale != 1 or any(size is not None for size in sizes):
+        raise UserError("Name the configuration whose network to change with -c, e.g. -c 2d.")
     write_atomically(str(file), json.dumps(plans, indent=4).encode())
     print(f"Written to {file}; train with -p {arguments.output}")
     if arguments.downscale > 1:

@@ -1,5 +1,6 @@
 """One method, one file; this is the table of them."""
 
+from nnunet_ssl.methods.dual_network import nnUNetTrainerDualNet
 from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
 from nnunet_ssl.methods.transformation_consistency import (
     nnUNetTrainerSemiTC,
@@ -13,4 +14,5 @@ TRAINERS: tuple[type[SemiSupervisedTrainer], ...] = (
     nnUNetTrainerSupTC,
     nnUNetTrainerSemiTC,
     nnUNetTrainerSemiTCPlus,
+    nnUNetTrainerDualNet,
 )

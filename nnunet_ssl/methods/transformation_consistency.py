@@ -70,7 +70,8 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
     """Supervised training with the consistency term on the labeled cases."""
 
     hyperparameters_class: ClassVar[type[HyperParameters]] = TransformationConsistencyParameters
-    term_names: ClassVar[tuple[str, ...]] = ("supervised", "consistency")
+    unlabeled_terms: ClassVar[tuple[str, ...]] = ("consistency",)
+    term_names: ClassVar[tuple[str, ...]] = ("supervised", *unlabeled_terms)
 
     def on_train_start(self) -> None:
         """Start, and say what the transforms are in voxels: fields that could fold are scaled down."""

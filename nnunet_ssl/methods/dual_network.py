@@ -1,0 +1,165 @@
+"""Dual networks with uncertainty and contrastive losses: DualNet.
+
+Lu, Wu, Kateb, Chaddad: "Semi-supervised medical image segmentation via dual networks", ISBI 2025, arXiv:2505.17690.
+
+Departures from the paper: nnU-Net's loss, optimizer and augmentation; a residual-encoder U-Net beside the plan's own
+instead of a 3D ResNet beside a V-Net; any number of classes, and regions; a reliable voxel is one where both networks
+are sure; the paper names no weights but the contrastive one, here all are 1 but that, with a common ramp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nnunet_ssl.contrastive import contrastive_loss
+from nnunet_ssl.hyperparameters import HyperParameters, parameter
+from nnunet_ssl.losses import (
+    cosine_distance,
+    entropy,
+    kl_divergence,
+    log_probabilities,
+    masked_mean,
+    probabilities,
+    pseudo_label_cross_entropy,
+    soft_dice_loss,
+    target_maps,
+    upper_threshold,
+)
+from nnunet_ssl.networks import FeatureTap, full_resolution, mean_over_ranks
+from nnunet_ssl.optimization import LossTerm
+from nnunet_ssl.plans import with_partner_network
+from nnunet_ssl.schedules import gaussian_ramp
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+
+@dataclasses.dataclass(frozen=True)
+class DualNetworkParameters(HyperParameters):
+    """Hyper-parameters of the dual networks."""
+
+    supervised_fraction: float = parameter(
+        0.0, "fraction of the epochs trained on labels alone, before the other terms", minimum=0.0, maximum=1.0
+    )
+    unlabeled_ramp: float = parameter(
+        0.4, "fraction of stage 2 over which the weights of all terms but the supervised rise", minimum=0.0, maximum=1.0
+    )
+    pseudo_label_weight: float = parameter(1.0, "weight of the pseudo-label term; 0 switches it off", minimum=0.0)
+    consistency_weight: float = parameter(1.0, "weight of the consistency term; 0 switches it off", minimum=0.0)
+    uncertainty_weight: float = parameter(1.0, "weight of the uncertainty term; 0 switches it off", minimum=0.0)
+    contrastive_weight: float = parameter(0.1, "weight of the contrastive term; 0 switches it off", minimum=0.0)
+    reliable_fraction: float = parameter(
+        0.8, "a voxel is reliable where both entropies are among this fraction of the lowest", minimum=0.0, maximum=1.0
+    )
+    temperature: float = parameter(0.5, "sharpens the teacher in the uncertainty term", minimum=0.01)
+    contrastive_points: int = parameter(4096, "uncertain voxels drawn per step", "voxels", minimum=1)
+    contrastive_margin: float = parameter(
+        1.0, "distance to which prototypes are pushed apart", "radius of the unit sphere", minimum=0.0, maximum=2.0
+    )
+
+
+class nnUNetTrainerDualNet(SemiSupervisedTrainer):
+    """The plan's network and its residual partner; at each step, the better one teaches the other."""
+
+    hyperparameters_class: ClassVar[type[HyperParameters]] = DualNetworkParameters
+    unlabeled_terms: ClassVar[tuple[str, ...]] = ("pseudo_label", "consistency", "uncertainty", "contrastive")
+    term_names: ClassVar[tuple[str, ...]] = ("supervised", "supervised_partner", *unlabeled_terms)
+    statistic_names: ClassVar[tuple[str, ...]] = ("network_teaches", "reliable")
+    uses_unlabeled: ClassVar[bool] = True
+
+    def initialize(self) -> None:
+        """Build both networks; their features are kept where the contrastive term needs them."""
+        super().initialize()
+        wanted = self.hp.contrastive_weight > 0
+        self._taps = [FeatureTap(network) for network in self.networks] if wanted else []
+
+    def partner_plans(self) -> dict[str, Any]:
+        """The plans with the partner's network."""
+        plans = self.plans_manager
+        return with_partner_network(plans.plans, f"{plans.plans_name}_partner", self.configuration_name)
+
+    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
+        """Both networks learn from labels, and the student from the teacher."""
+        outputs = [network(labeled["data"]) for network in self.networks]
+        terms = {
+            name: LossTerm(self.supervised_loss(output, labeled["target"]), 1.0)
+            for name, output in zip(("supervised", "supervised_partner"), outputs)
+        }
+        weights = {name: getattr(self.hp, f"{name}_weight") for name in self.unlabeled_terms}
+        if unlabeled is None or not any(weights.values()):
+            return terms
+        logits = [full_resolution(output) for output in outputs]
+        teacher = self.choose_teacher(logits, labeled["target"])
+        student = 1 - teacher
+        if self._taps:
+            student_outputs, features = self._taps[student](unlabeled["data"])
+        else:
+            student_outputs, features = self.networks[student](unlabeled["data"]), None
+        with torch.no_grad():
+            teacher_logits = full_resolution(self.networks[teacher](unlabeled["data"]))
+        values = self.student_terms(
+            [full_resolution(student_outputs), logits[student]], [teacher_logits, logits[teacher].detach()], features
+        )
+        ramp = gaussian_ramp(self.stage_progress, self.hp.unlabeled_ramp)
+        self.statistics["network_teaches"] = float(teacher == 0)
+        return terms | {name: LossTerm(value, weights[name] * ramp) for name, value in values.items()}
+
+    @torch.no_grad()
+    def choose_teacher(self, logits: list[Tensor], target: Tensor) -> int:
+        """Which network has the lower Dice loss on the labeled batch, over all ranks: 0 is the plan's network.
+
+        The one answer that a step needs from the device before it ends: it saves the teacher's backward pass on the
+        unlabeled batch, a sixth of the step.
+
+        Args:
+            logits: Of both networks, (B_l, K, *S).
+            target: At full resolution.
+        """
+        regions = self.label_manager.has_regions
+        truth, mask = target_maps(target, logits[0].shape[1], regions, self.label_manager.ignore_label)
+        # Without the background, as in nnU-Net's Dice loss.
+        first = 0 if regions else min(1, truth.shape[1] - 1)
+        losses = [soft_dice_loss(probabilities(z, regions)[:, first:], truth[:, first:], mask) for z in logits]
+        return int(mean_over_ranks(torch.stack(losses)).argmin().item())
+
+    def student_terms(self, student: list[Tensor], teacher: list[Tensor], features: Tensor | None) -> dict[str, Tensor]:
+        """What the student learns from the teacher.
+
+        Args:
+            student: Its logits (B, K, *S) of the unlabeled batch, then of the labeled one.
+            teacher: Likewise; without gradient.
+            features: The student's features (B_u, C, *S) of the unlabeled batch; needed by the contrastive term.
+        """
+        hp, regions = self.hp, self.label_manager.has_regions
+        log_p, log_p_labeled = (log_probabilities(z, regions) for z in student)
+        log_q, log_q_labeled = (log_probabilities(z, regions) for z in teacher)
+        labels = log_q.argmax(2)
+        with torch.no_grad():
+            entropies = [entropy(log_p), entropy(log_q)]
+            sure = [h <= upper_threshold(h, hp.reliable_fraction) for h in entropies]
+            reliable = sure[0] & sure[1]
+        self.statistics["reliable"] = reliable.float().mean()
+        terms = {}
+        cross_entropy = pseudo_label_cross_entropy(log_p, labels)
+        if hp.pseudo_label_weight > 0:
+            terms["pseudo_label"] = masked_mean(cross_entropy, reliable)
+        if hp.consistency_weight > 0:
+            distances = [cosine_distance(log_p, log_q), cosine_distance(log_p_labeled, log_q_labeled)]
+            terms["consistency"] = torch.cat([d.flatten() for d in distances]).mean()
+        if hp.uncertainty_weight > 0:
+            divergence = kl_divergence(log_p, log_probabilities(teacher[0], regions, hp.temperature))
+            certainty = torch.exp(-divergence.detach())
+            terms["uncertainty"] = (certainty * cross_entropy).mean() + divergence.mean()
+        if features is not None:
+            terms["contrastive"] = contrastive_loss(
+                features,
+                labels,
+                reliable,
+                log_p.shape[2],
+                hp.contrastive_points,
+                hp.contrastive_margin,
+                self.generator,
+            )
+        return terms
