@@ -125,7 +125,7 @@ def upper_threshold(values: Tensor, fraction: float) -> Tensor:
     """The smallest value that at least this fraction of the values does not exceed: an empirical quantile.
 
     Without interpolation (numpy's method "inverted_cdf"), so that it is one of the values; on the device, for tensors
-    of any size (torch.quantile stops at 2^24).
+    of any size (torch.quantile stops at 2^24 in many versions).
 
     Args:
         values: Any shape, not empty.

@@ -1,0 +1,307 @@
+"""DualNet: roles, terms, gradients, the partner's life in checkpoint and export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PATCHES, SSL, TinyDataset, make_plans
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from scipy.special import softmax
+from torch import multiprocessing
+
+from nnunet_ssl.cli import main
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses import log_probabilities
+from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSupervised
+from nnunet_ssl.networks import FeatureTap, mean_over_ranks
+from nnunet_ssl.plans import PLAIN, RESIDUAL, with_partner_network
+
+TERMS = nnUNetTrainerDualNet.unlabeled_terms
+
+
+def initialized(tiny: TinyDataset, **ssl):
+    trainer = tiny.trainer(nnUNetTrainerDualNet, **ssl)
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(True)
+    for network in trainer.networks:
+        network.train()
+    return trainer
+
+
+def has_gradient(network: torch.nn.Module) -> bool:
+    return any(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("teacher", [0, 1])
+def test_terms_equal_an_independent_computation(tiny, teacher):
+    trainer = initialized(tiny, contrastive_weight=0.0)
+    trainer.choose_teacher = lambda logits, target: teacher
+    labeled, unlabeled = tiny.batches(trainer)
+    terms = trainer.loss_terms(labeled, unlabeled)
+    student_network, teacher_network = (trainer.networks[i] for i in (1 - teacher, teacher))
+    with torch.no_grad():
+        z, w, z_l, w_l = (
+            network(batch["data"])[0].numpy().astype(np.float64)
+            for batch in (unlabeled, labeled)
+            for network in (student_network, teacher_network)
+        )
+    p, q, q_sharp, p_l, q_l = (softmax(a, axis=1) for a in (z, w, w / 0.5, z_l, w_l))
+    entropies = [-(a * np.log(a)).sum(1) for a in (p, q)]
+    reliable = np.logical_and(*[h <= np.quantile(h, 0.8, method="inverted_cdf") for h in entropies])
+    labels = q.argmax(1)
+    cross_entropy = -np.log(np.take_along_axis(p, labels[:, None], 1)[:, 0])
+    divergence = (p * np.log(p / q_sharp)).sum(1)
+    cosines = [
+        1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in ((p, q), (p_l, q_l))
+    ]
+    expected = {
+        "pseudo_label": cross_entropy[reliable].mean(),
+        "consistency": np.concatenate([c.ravel() for c in cosines]).mean(),
+        "uncertainty": (np.exp(-divergence) * cross_entropy).mean() + divergence.mean(),
+    }
+    assert 0.5 < reliable.mean() < 0.8
+    for name, value in expected.items():
+        assert terms[name].value.item() == pytest.approx(value, rel=1e-4), name
+    assert trainer.statistics["network_teaches"] == (teacher == 0)
+    assert trainer.statistics["reliable"].item() == pytest.approx(reliable.mean(), abs=0.01)
+
+
+@pytest.mark.parametrize("teacher", [0, 1])
+@pytest.mark.parametrize("term", TERMS)
+def test_only_the_student_learns_from_the_unlabeled_terms(tiny, teacher, term):
+    trainer = initialized(tiny)
+    trainer.choose_teacher = lambda logits, target: teacher
+    labeled, unlabeled = tiny.batches(trainer)
+    trainer.loss_terms(labeled, unlabeled)[term].value.backward()
+    assert has_gradient(trainer.networks[1 - teacher])
+    assert not has_gradient(trainer.networks[teacher])
+
+
+def test_both_learn_from_labels(tiny):
+    trainer = initialized(tiny)
+    labeled, unlabeled = tiny.batches(trainer)
+    terms = trainer.loss_terms(labeled, unlabeled)
+    for name, index in (("supervised", 0), ("supervised_partner", 1)):
+        trainer.optimizer.zero_grad()
+        terms[name].value.backward(retain_graph=True)
+        assert has_gradient(trainer.networks[index])
+        assert not has_gradient(trainer.networks[1 - index])
+
+
+def test_a_step_moves_both_networks_and_clips_each_by_its_own_norm(tiny, monkeypatch):
+    trainer = initialized(tiny)
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, m: norms.append(clip(p, m)))
+    labeled, unlabeled = tiny.batches(trainer)
+    trainer.dataloader_unlabeled = iter([unlabeled])
+    before = [torch.cat([p.detach().flatten().clone() for p in n.parameters()]) for n in trainer.networks]
+    trainer.train_step(labeled)
+    after = [torch.cat([p.detach().flatten() for p in n.parameters()]) for n in trainer.networks]
+    assert all((a - b).abs().max() > 0 for a, b in zip(after, before))
+    assert len(norms) == 2
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_network_with_the_lower_dice_loss_teaches(tiny, better):
+    trainer = initialized(tiny)
+    target = tiny.batches(trainer)[0]["target"]
+    truth = torch.nn.functional.one_hot(target[:, 0].long(), 3).movedim(-1, 1).float()
+    good, bad = 10 * truth, 10 * truth.roll(1, dims=1)
+    assert trainer.choose_teacher([good, bad] if better == 0 else [bad, good], target) == better
+    # The background does not count: here it is all that the second one gets right.
+    background = torch.where(truth[:, :1] > 0, 10 * truth, 10 * truth.roll(1, dims=1))
+    partly = torch.where(target == 1, 10 * truth, torch.tensor([9.0, 0, 0]).view(1, 3, 1, 1))
+    assert trainer.choose_teacher([background, partly], target) == 1
+
+
+def _rank(rank: int, port: int, results) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    results[rank] = mean_over_ranks(torch.tensor([[0.2, 0.3], [0.9, 0.1]][rank])).tolist()
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_agree_on_the_roles():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_rank, (port, results), nprocs=2)
+        # Alone, the first rank would choose network 0 and the second network 1.
+        assert results[0] == results[1] == pytest.approx([0.55, 0.2])
+
+
+def test_roles_are_deterministic_with_a_seed(tiny):
+    taught = []
+    for _ in range(2):
+        trainer = initialized(tiny)
+        steps = []
+        for seed in range(6):
+            labeled, unlabeled = tiny.batches(trainer, seed)
+            trainer.dataloader_unlabeled = iter([unlabeled])
+            steps.append(trainer.train_step(labeled)["terms"].tolist())
+        taught.append(steps)
+    assert taught[0] == taught[1]
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_of_weight_zero_is_not_computed(tiny, term):
+    trainer = initialized(tiny, **{f"{term}_weight": 0.0})
+    labeled, unlabeled = tiny.batches(trainer)
+    assert set(trainer.loss_terms(labeled, unlabeled)) == set(trainer.term_names) - {term}
+
+
+def test_with_all_terms_off_unlabeled_images_are_not_even_looked_at(tiny):
+    trainer = initialized(tiny, **{f"{term}_weight": 0.0 for term in TERMS})
+    labeled, _ = tiny.batches(trainer)
+    terms = trainer.loss_terms(labeled, {"data": None})
+    assert set(terms) == {"supervised", "supervised_partner"}
+
+
+def test_weights_follow_the_ramp(tiny):
+    trainer = initialized(tiny, unlabeled_ramp=0.5, uncertainty_weight=2.0)
+    labeled, unlabeled = tiny.batches(trainer)
+    for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
+        trainer.current_epoch = epoch
+        terms = trainer.loss_terms(labeled, unlabeled)
+        weights = {name: terms[name].weight for name in TERMS}
+        expected = {"pseudo_label": 1, "consistency": 1, "uncertainty": 2, "contrastive": 0.1}
+        assert weights == pytest.approx({name: w * ramp for name, w in expected.items()})
+
+
+def test_regions(tmp_path):
+    tiny = TinyDataset(tmp_path, PATCHES["3d"])
+    tiny.dataset_json |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    trainer = initialized(tiny)
+    assert trainer.label_manager.has_regions
+    labeled, unlabeled = tiny.batches(trainer)
+    labels = labeled["target"]
+    labeled["target"] = torch.cat([labels >= 1, labels == 2], 1)
+    terms = trainer.loss_terms(labeled, unlabeled)
+    assert all(torch.isfinite(term.value) for term in terms.values())
+    assert log_probabilities(trainer.network(unlabeled["data"])[0], True).shape[1:3] == (2, 2)
+    sum(term.value for term in terms.values()).backward()
+
+
+def test_features_are_what_the_last_head_reads(tiny):
+    trainer = initialized(tiny)
+    data = tiny.batches(trainer)[0]["data"]
+    for network in trainer.networks:
+        tap = FeatureTap(network)
+        outputs, features = tap(data)
+        torch.testing.assert_close(network.decoder.seg_layers[-1](features), outputs[0])
+        network(data)
+        assert tap._features is None, "features of other passes are kept alive"
+
+
+def test_the_contrastive_term_says_what_network_it_needs():
+    with pytest.raises(UserError, match="contrastive_weight=0"):
+        FeatureTap(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)))
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_the_partner_belongs_to_the_other_family(patch):
+    plans = make_plans(PATCHES[patch])
+    (name,) = plans["configurations"]
+    partner = with_partner_network(plans, "Partner", name)
+    back = with_partner_network(partner, "Back", name)
+    families = [PlansManager(p).get_configuration(name).network_arch_class_name for p in (plans, partner, back)]
+    assert families == [PLAIN, RESIDUAL, PLAIN]
+    settings = [p["configurations"][name]["architecture"]["arch_kwargs"] for p in (plans, partner, back)]
+    for key in ("n_stages", "features_per_stage", "strides", "kernel_sizes"):
+        assert settings[0][key] == settings[1][key] == settings[2][key]
+    assert settings[1]["n_blocks_per_stage"] == [1, 3, 4, 6]
+    assert plans["plans_name"] == "nnUNetPlans"
+    assert "n_conv_per_stage" in settings[0]
+
+
+def test_an_unknown_network_has_no_partner():
+    plans = make_plans(PATCHES["2d"])
+    plans["configurations"]["2d"]["architecture"]["network_class_name"] = "some.Transformer"
+    with pytest.raises(UserError, match=r"No partner is known for the network some\.Transformer of 2d"):
+        with_partner_network(plans, "Partner", "2d")
+
+
+def test_configure_writes_plans_to_train_the_partner_alone(tiny, capsys):
+    (tiny.base / "nnUNetPlans.json").write_text(json.dumps(tiny.plans))
+    base = ["configure", "-d", tiny.plans["dataset_name"], "-o", "Alone"]
+    assert main([*base, "--partner-network"]) == 2
+    assert "with -c" in capsys.readouterr().err
+    assert main([*base, "-c", "2d", "--partner-network"]) == 0
+    written = json.loads((tiny.base / "Alone.json").read_text())
+    assert written["plans_name"] == "Alone"
+    assert written["configurations"]["2d"]["architecture"]["network_class_name"] == RESIDUAL
+    # Alone with the same seed, it is the network that DualNet would pair.
+    dual = initialized(tiny)
+    shapes = [{k: v.shape for k, v in dual.partner.state_dict().items()}]
+    tiny.plans = written | {"ssl": SSL}
+    alone = tiny.trainer(nnUNetTrainerSupervised)
+    alone.initialize()
+    shapes.append({k: v.shape for k, v in alone.network.state_dict().items()})
+    assert shapes[0] == shapes[1]
+
+
+@pytest.fixture
+def trained(tiny):
+    trainer = tiny.trainer(nnUNetTrainerDualNet, num_epochs=1)
+    trainer.run_training()
+    return tiny, trainer
+
+
+def export(tiny, *words):
+    return main(["export", "-d", tiny.plans["dataset_name"], "-c", "2d", "-tr", "nnUNetTrainerDualNet", *words])
+
+
+def test_stock_nnunet_predicts_with_the_exported_partner(trained, capsys):
+    tiny, trainer = trained
+    assert export(tiny) == 0
+    folder = Path(trainer.output_folder).parents[0]
+    target = folder.with_name(folder.name.replace("DualNet", "DualNetPartner"))
+    assert str(target) in capsys.readouterr().out
+    data = torch.randn(1, 1, *tiny.patch)
+    for model, network in ((target, trainer.partner), (folder, trainer.network)):
+        predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False)
+        predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+        predictor.network.load_state_dict(predictor.list_of_parameters[0])
+        predictor.network.eval()
+        network.eval()
+        trainer.set_deep_supervision_enabled(False)
+        torch.testing.assert_close(predictor.network(data), network(data))
+    assert torch.load(target / "fold_0" / "checkpoint_final.pth", weights_only=False)["trainer_name"] == "nnUNetTrainer"
+
+
+def test_export_refuses_what_it_cannot_do(trained, capsys):
+    tiny, trainer = trained
+    assert export(tiny, "-f", "0", "1") == 2
+    assert "Train the fold first" in capsys.readouterr().err
+    folder = Path(trainer.output_folder).parents[0]
+    assert not folder.with_name(folder.name.replace("DualNet", "DualNetPartner")).exists(), "nothing is half-written"
+    assert export(tiny) == 0
+    assert export(tiny) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert export(tiny, "--overwrite") == 0
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    content["nnunet_ssl"]["partner"] = None
+    torch.save(content, file)
+    assert export(tiny, "--overwrite") == 2
+    assert "holds one network only" in capsys.readouterr().err
+
+
+def test_the_log_says_who_taught_and_what_was_reliable(trained):
+    _, trainer = trained
+    (log,) = Path(trainer.output_folder).glob("training_log*")
+    text = log.read_text()
+    for name in (*trainer.term_names, *trainer.statistic_names):
+        assert f"{name} " in text
+    assert 0.5 < trainer.logger.get_value("ssl_reliable", step=-1) <= 1
+    assert 0 <= trainer.logger.get_value("ssl_network_teaches", step=-1) <= 1
