@@ -71,6 +71,20 @@ def test_terms_equal_an_independent_computation(tiny, teacher):
     assert trainer.statistics["reliable"].item() == pytest.approx(reliable.mean(), abs=0.01)
 
 
+def test_certainty_weighs_the_cross_entropy_but_is_no_way_to_lower_it(tiny):
+    """The weights are constants: a student must not gain by getting uncertain."""
+    trainer = initialized(tiny, contrastive_weight=0.0)
+    z, w = (torch.randn(2, 3, *tiny.patch, dtype=torch.float64) for _ in range(2))
+    z.requires_grad_()
+    trainer.student_terms([z, z.detach()], [w, w], None)["uncertainty"].backward()
+    log_p, log_sharp = torch.log_softmax(z, 1), torch.log_softmax(2 * w, 1)
+    divergence = (log_p.exp() * (log_p - log_sharp)).sum(1)
+    weights = torch.exp(-divergence).detach().clone()
+    cross_entropy = torch.nn.functional.nll_loss(log_p, w.argmax(1), reduction="none")
+    (expected,) = torch.autograd.grad((weights * cross_entropy).mean() + divergence.mean(), z)
+    torch.testing.assert_close(z.grad, expected)
+
+
 @pytest.mark.parametrize("teacher", [0, 1])
 @pytest.mark.parametrize("term", TERMS)
 def test_only_the_student_learns_from_the_unlabeled_terms(tiny, teacher, term):
