@@ -2,7 +2,8 @@
 """Cost of a training step beside the stock trainer's, and of the fields beside batchgeneratorsv2's elastic transform.
 
 Every figure is a ratio of two things measured in turns in one run, on noise that lies ready in memory. "stock" is
-nnUNetTrainer's step on as many samples as both branches process together, with the same network.
+nnUNetTrainer's step on as many samples as both branches process together, with the same network. "floor" is one forward
+and backward pass of each of a trainer's networks on the same batch.
 
     python scripts/benchmark_step.py [--device cuda] [--only transforms]
 """
@@ -25,13 +26,14 @@ import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_ssl.methods import nnUNetTrainerSemiTC
+from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC
 from nnunet_ssl.plans import shrink
 from nnunet_ssl.spatial import align_displacements, sample_displacement, solver_grid, warp, without_margin
 
 # Patch, batch (labeled + unlabeled) and the stages nnU-Net plans for such a patch.
 CASES = {"2d 256x256": ((256, 256), 4, 7), "3d 64x64x64": ((64, 64, 64), 2, 5)}
 NUM_LABELS = 4
+TRAINERS = (nnUNetTrainer, nnUNetTrainerSemiTC, nnUNetTrainerDualNet)
 
 
 def make_plans(patch: tuple[int, ...], stages: int) -> dict:
@@ -102,23 +104,51 @@ def make_trainer(
     return trainer
 
 
-def make_step(cls: type, patch: tuple[int, ...], batch: int, stages: int, device: torch.device) -> Callable[[], object]:
-    """A function that does one training step on a batch in memory."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        # Both branches process 2 * batch samples together; the stock trainer gets as many.
-        trainer = make_trainer(cls, patch, stages, batch if cls is nnUNetTrainerSemiTC else 2 * batch, device)
+def make_batches(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> tuple[dict, dict]:
+    """A labeled and an unlabeled batch of noise; the second is empty for the stock trainer."""
     data = torch.randn(trainer.batch_size, 1, *patch)
     target = torch.randint(0, NUM_LABELS, (trainer.batch_size, 1, *patch)).to(torch.int16)
-    if cls is nnUNetTrainerSemiTC:
-        unlabeled = {"data": torch.randn(trainer.unlabeled_batch_size, 1, *patch), "keys": []}
-        trainer.dataloader_unlabeled = iter(lambda: unlabeled, None)
-        return lambda: trainer.train_step({"data": data, "target": target, "keys": []})
-    scales = trainer._get_deep_supervision_scales()
-    shapes = [[round(side * s) for side, s in zip(patch, scale)] for scale in scales]
-    targets = [
-        torch.nn.functional.interpolate(target.float(), s, mode="nearest-exact").to(target.dtype) for s in shapes
+    unlabeled = torch.randn(getattr(trainer, "unlabeled_batch_size", 0), 1, *patch)
+    return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "keys": []}
+
+
+def targets_for_deep_supervision(trainer: nnUNetTrainer, target: torch.Tensor) -> list[torch.Tensor]:
+    shapes = [
+        [round(side * s) for side, s in zip(target.shape[2:], scale)]
+        for scale in trainer._get_deep_supervision_scales()
     ]
-    return lambda: trainer.train_step({"data": data, "target": targets, "keys": []})
+    return [torch.nn.functional.interpolate(target.float(), s, mode="nearest-exact").to(target.dtype) for s in shapes]
+
+
+def make_step(
+    cls: type, patch: tuple[int, ...], batch: int, stages: int, device: torch.device
+) -> tuple[nnUNetTrainer, Callable[[], object]]:
+    """A trainer, and a function that does one training step on a batch in memory."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = make_trainer(cls, patch, stages, batch, device)
+    labeled, unlabeled = make_batches(trainer, patch)
+    if cls is nnUNetTrainer:
+        labeled["target"] = targets_for_deep_supervision(trainer, labeled["target"])
+    else:
+        trainer.dataloader_unlabeled = iter(lambda: unlabeled, None)
+    return trainer, lambda: trainer.train_step(labeled)
+
+
+def make_floor(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> Callable[[], object]:
+    """One forward and backward pass of each of a trainer's networks on its whole batch, with nnU-Net's loss."""
+    labeled, unlabeled = make_batches(trainer, patch)
+    data = torch.cat([labeled["data"], unlabeled["data"]]).to(trainer.device)
+    target = torch.randint(0, NUM_LABELS, data.shape, device=trainer.device).to(torch.int16)
+    targets = targets_for_deep_supervision(trainer, target)
+
+    def floor() -> None:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        for network in trainer.networks:
+            with trainer.autocast():
+                loss = trainer.loss(network(data), targets)
+            (loss if trainer.grad_scaler is None else trainer.grad_scaler.scale(loss)).backward()
+
+    return floor
 
 
 def time_in_turns(functions: list[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
@@ -138,10 +168,18 @@ def time_in_turns(functions: list[Callable[[], object]], repetitions: int, devic
 
 
 def compare_steps(device: torch.device, repetitions: int) -> None:
+    """SemiTC beside the stock trainer on as many samples as its branches process, DualNet beside its floor."""
     for name, (patch, batch, stages) in CASES.items():
-        steps = [make_step(cls, patch, batch, stages, device) for cls in (nnUNetTrainer, nnUNetTrainerSemiTC)]
-        stock, ours = time_in_turns(steps, repetitions, device)
-        print(f"step {name}, {2 * batch} samples: stock {stock:.3f} s, SemiTC {ours:.3f} s, ratio {ours / stock:.3f}")
+        _, stock = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
+        _, siamese = make_step(nnUNetTrainerSemiTC, patch, batch, stages, device)
+        reference, ours = time_in_turns([stock, siamese], repetitions, device)
+        print(f"step {name}, {2 * batch} samples: stock {reference:.3f} s, SemiTC {ours:.3f} s, ratio "
+              f"{ours / reference:.3f}", flush=True)  # fmt: skip
+        del stock, siamese
+        trainer, dual = make_step(nnUNetTrainerDualNet, patch, batch, stages, device)
+        reference, ours = time_in_turns([make_floor(trainer, patch), dual], repetitions, device)
+        print(f"step {name}, {batch} samples: floor {reference:.3f} s, DualNet {ours:.3f} s, ratio "
+              f"{ours / reference:.3f}", flush=True)  # fmt: skip
 
 
 def compare_fields(repetitions: int) -> None:
@@ -193,8 +231,9 @@ def peak_memory(case: str, cls_name: str, device: torch.device) -> float:
     import resource
 
     patch, batch, stages = CASES[case]
-    cls = {c.__name__: c for c in (nnUNetTrainer, nnUNetTrainerSemiTC)}[cls_name]
-    step = make_step(cls, patch, batch, stages, device)
+    cls = next(c for c in TRAINERS if c.__name__ == cls_name)
+    # SemiTC processes every example twice; the stock trainer and DualNet get as many samples as it has passes.
+    _, step = make_step(cls, patch, batch if cls is nnUNetTrainerSemiTC else 2 * batch, stages, device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -209,12 +248,15 @@ def compare_memory(device: torch.device) -> None:
     """Each in a process of its own: the peak of a process never falls."""
     for case in CASES:
         peaks = {}
-        for cls in (nnUNetTrainer, nnUNetTrainerSemiTC):
+        for cls in TRAINERS:
             words = [sys.executable, __file__, "--device", device.type, "--memory-of", case, cls.__name__]
             output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
             peaks[cls.__name__] = float(output.split()[-1])
-        stock, ours = peaks.values()
-        print(f"peak memory {case}: stock {stock:.2f} GB, SemiTC {ours:.2f} GB, ratio {ours / stock:.2f}")
+        stock = peaks[nnUNetTrainer.__name__]
+        said = ", ".join(
+            f"{name.removeprefix('nnUNetTrainer') or 'stock'} {p:.2f} GB ({p / stock:.2f})" for name, p in peaks.items()
+        )
+        print(f"peak memory {case}: {said}", flush=True)
 
 
 def main() -> None:

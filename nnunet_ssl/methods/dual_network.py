@@ -1,6 +1,6 @@
 """Dual networks with uncertainty and contrastive losses: DualNet.
 
-Lu, Wu, Kateb, Chaddad: "Semi-supervised medical image segmentation via dual networks", ISBI 2025, arXiv:2505.17690.
+Lu, Wu, Kateb, Chaddad: "Semi-supervised medical image segmentation via dual networks", arXiv:2505.17690 (2025).
 
 Departures from the paper: nnU-Net's loss, optimizer and augmentation; a residual-encoder U-Net beside the plan's own
 instead of a 3D ResNet beside a V-Net; any number of classes, and regions; a reliable voxel is one where both networks

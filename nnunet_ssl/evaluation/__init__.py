@@ -1,0 +1,1 @@
+"""Measures that nnU-Net's own evaluation lacks."""
