@@ -217,6 +217,23 @@ def test_features_are_what_the_last_head_reads(tiny):
         assert tap._features is None, "features of other passes are kept alive"
 
 
+def test_features_of_a_compiled_network(tiny):
+    """The hook is traced with the network; without a C++ compiler only the tracing can be tested."""
+    trainer = initialized(tiny)
+    labeled, _ = tiny.batches(trainer)
+    bare = trainer.network
+    compiled = torch.compile(bare, backend="eager")
+    tap = FeatureTap(compiled)
+    for data in (labeled["data"], labeled["data"][:1], labeled["data"]):
+        compiled(data)
+        assert tap._features is None
+        outputs, features = tap(data)
+        torch.testing.assert_close(bare.decoder.seg_layers[-1](features), outputs[0])
+        features.sum().backward()
+        assert has_gradient(bare)
+        bare.zero_grad()
+
+
 def test_the_contrastive_term_says_what_network_it_needs():
     with pytest.raises(UserError, match="contrastive_weight=0"):
         FeatureTap(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)))
