@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
@@ -46,13 +47,20 @@ def write_checkpoint(trainer: SemiSupervisedTrainer, filename: str) -> None:
             "trainer": type(trainer).__name__,
             "version": __version__,
             "hyperparameters": trainer.hp.as_dict(),
-            "partner": None
-            if trainer.partner is None
-            else {"weights": bare(trainer.partner).state_dict(), "plans": trainer.partner_plans()},
+            "partner": partner_state(trainer),
             "random_state": random_state(trainer.device, trainer.generator),
         },
     }
     replace_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def partner_state(trainer: SemiSupervisedTrainer) -> dict[str, Any] | None:
+    """Weights of the second network, and its architecture as plans describe it; None without one."""
+    plans = trainer.partner_plans()
+    if plans is None or trainer.partner is None:
+        return None
+    configuration = PlansManager(plans).get_configuration(trainer.configuration_name).configuration
+    return {"weights": bare(trainer.partner).state_dict(), "architecture": configuration["architecture"]}
 
 
 def read_state(filename: str, trainer_name: str) -> dict[str, Any]:
@@ -66,7 +74,7 @@ def read_state(filename: str, trainer_name: str) -> dict[str, Any]:
         writer = "a trainer of another package" if state is None else state["trainer"]
         raise UserError(
             f"{filename} was written by {writer}, not by {trainer_name}; it cannot be continued or validated by it. "
-            f"To start from its weights use -pretrained_weights."
+            f"To start from its weights use -pretrained_weights (of the first network, where it has two)."
         )
     return state
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunet_ssl.precision import at_least_float32, without_autocast
+
 _TINY = 1e-6
 
 
@@ -20,7 +22,7 @@ def class_prototypes(features: Tensor, labels: Tensor, reliable: Tensor, num_cla
     Returns:
         Prototypes (G, K, C), zero for classes without reliable voxels, and which classes have some, (G, K).
     """
-    features = _normalizable(features)
+    features = at_least_float32(features)
     weights = torch.where(reliable, 1.0 / _norm(features), 0.0)
     sums, counts = [], []
     for group in labels.unbind(1):
@@ -80,11 +82,25 @@ def contrastive_loss(
     Returns:
         Scalar.
     """
+    # Sums over millions of voxels overflow float16.
+    with without_autocast(features.device):
+        return _contrastive_loss(features, labels, reliable, num_classes, num_points, margin, generator)
+
+
+def _contrastive_loss(
+    features: Tensor,
+    labels: Tensor,
+    reliable: Tensor,
+    num_classes: int,
+    num_points: int,
+    margin: float,
+    generator: torch.Generator | None,
+) -> Tensor:
     prototypes, present = class_prototypes(features, labels, reliable, num_classes)
     positions, valid = draw_voxels(~reliable, num_points, generator)
     voxels = features[0, 0].numel()
     batch, place = positions.div(voxels, rounding_mode="floor"), positions % voxels
-    points = _normalizable(features.flatten(2)[batch, :, place])
+    points = at_least_float32(features.flatten(2)[batch, :, place])
     points = points / _norm(points)[:, None]
     pulls, pushes = [], []
     for group, (centers, exists) in enumerate(zip(prototypes, present)):
@@ -103,10 +119,6 @@ def _push_apart(centers: Tensor, exists: Tensor, margin: float) -> Tensor:
     # The root has no gradient at 0, where two prototypes coincide.
     shortfall = (margin - (squared + _TINY**2).sqrt()).clamp_min(0.0)
     return torch.where(both, shortfall.square(), 0.0).sum() / both.sum().clamp_min(1)
-
-
-def _normalizable(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()
 
 
 def _norm(features: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.checkpoint import STATE_KEY
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_atomically
+from nnunet_ssl.nnunet_folders import read_json
 
 PARTNER_SUFFIX = "Partner"
 
@@ -44,29 +45,29 @@ def export_partner(model: Path, folds: Sequence[str], checkpoint_name: str, over
         if file.exists() and not overwrite:
             raise UserError(f"{file} exists already. Add --overwrite to replace it.")
     # Everything is read and checked before anything is written.
-    exported = [_partner_checkpoint(source) for source in sources]
-    for source, file, (checkpoint, plans) in zip(sources, targets, exported):
+    plans = read_json(model / "plans.json", "It is part of every model that nnU-Net trains.")
+    checkpoints = [_partner_checkpoint(source, plans) for source in sources]
+    for file, checkpoint in zip(targets, checkpoints):
         file.parent.mkdir(parents=True, exist_ok=True)
-        for name in ("dataset.json", "dataset_fingerprint.json"):
-            if (source.parents[1] / name).is_file():
-                shutil.copy(source.parents[1] / name, target / name)
-        write_atomically(str(target / "plans.json"), json.dumps(plans, indent=4).encode())
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomically(str(file), buffer.getvalue())
+    for name in ("dataset.json", "dataset_fingerprint.json"):
+        if (model / name).is_file():
+            shutil.copy(model / name, target / name)
+    write_atomically(str(target / "plans.json"), json.dumps(plans, indent=4).encode())
     return target
 
 
-def _partner_checkpoint(file: Path) -> tuple[dict, dict]:
-    """A checkpoint of the second network alone, and the plans whose network it is."""
+def _partner_checkpoint(file: Path, plans: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the second network alone; the plans get its architecture."""
     checkpoint = torch.load(file, map_location="cpu", weights_only=False)
     partner = checkpoint.get(STATE_KEY, {}).get("partner")
     if partner is None:
         raise UserError(f"{file} holds one network only; there is nothing to export. Predict with it as it is.")
-    kept = ("current_epoch", "inference_allowed_mirroring_axes")
+    plans["configurations"][checkpoint["init_args"]["configuration"]]["architecture"] = partner["architecture"]
     return {
-        **{key: checkpoint[key] for key in kept},
         "network_weights": partner["weights"],
-        "trainer_name": nnUNetTrainer.__name__,
-        "init_args": {**checkpoint["init_args"], "plans": partner["plans"]},
-    }, partner["plans"]
+        "init_args": {**checkpoint["init_args"], "plans": plans},
+        **{key: checkpoint[key] for key in ("current_epoch", "inference_allowed_mirroring_axes", "trainer_name")},
+    }

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_ssl.precision import at_least_float32
+
 # Added to numerator and denominator: a class absent from both sides counts as fully agreed, not as 0 / 0.
 SMOOTH = 1.0
 
@@ -23,7 +25,7 @@ def probabilities(logits: Tensor, has_regions: bool) -> Tensor:
     Returns:
         (B, K, *S).
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     return torch.sigmoid(logits) if has_regions else torch.softmax(logits, dim=1)
 
 
@@ -110,7 +112,7 @@ def log_probabilities(logits: Tensor, has_regions: bool, temperature: float = 1.
     Returns:
         (B, G, K, *S): G = 1, K = C for classes; G = C, K = 2 for regions.
     """
-    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    scaled = at_least_float32(logits) / temperature
     if has_regions:
         return torch.stack([functional.logsigmoid(-scaled), functional.logsigmoid(scaled)], dim=2)
     return functional.log_softmax(scaled, dim=1)[:, None]

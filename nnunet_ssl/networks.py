@@ -95,8 +95,9 @@ def full_resolution(outputs: Any) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over all ranks of a training on several devices; the values themselves on one."""
+    """The mean over all ranks of a training on several devices, of any shape; the values themselves on one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
         torch.distributed.all_reduce(values)
         values = values / torch.distributed.get_world_size()
     return values

@@ -38,9 +38,16 @@ def weighted_sum(terms: Mapping[str, LossTerm]) -> Tensor:
 def backward_and_step(
     total: Tensor, networks: Sequence[nn.Module], optimizer: Optimizer, grad_scaler: torch.amp.GradScaler | None
 ) -> None:
-    """Step for step what the stock trainer does; each network's gradient is clipped by its own norm.
+    """Step for step what the stock trainer does.
 
-    So a second network in the same optimizer does not change the steps of the first.
+    Each network's gradient is clipped by its own norm, so that a second network does not shorten the steps of the
+    first. With a gradient scaler, an overflow in one network skips the step of all: they share one scale.
+
+    Args:
+        total: The loss, a scalar.
+        networks: Whose parameters the optimizer holds.
+        optimizer: Their gradients must be cleared already.
+        grad_scaler: Under float16 autocast.
     """
     if grad_scaler is None:
         total.backward()

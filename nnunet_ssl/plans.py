@@ -33,8 +33,8 @@ def with_partner_network(plans: Mapping[str, Any], name: str, configuration: str
     """A copy of the plans under a new name, in which one configuration has its partner network.
 
     The partner has the same patch, batch, stages, strides, kernels and features, but belongs to the other family: the
-    residual-encoder U-Net that nnU-Net plans at the same memory (one decoder convolution per stage and 1, 3, 4, 6, 6,
-    ... blocks), or, where the plans have one already, the plain U-Net (two convolutions per stage).
+    residual-encoder U-Net with the depths that nnU-Net plans (one decoder convolution per stage and 1, 3, 4, 6, 6, ...
+    blocks), or, where the plans have one already, the plain U-Net (two convolutions per stage).
 
     Args:
         plans: nnU-Net's plans.
@@ -49,12 +49,16 @@ def with_partner_network(plans: Mapping[str, Any], name: str, configuration: str
     architecture = copy.deepcopy(PlansManager(derived).get_configuration(configuration).configuration["architecture"])
     settings, family = architecture["arch_kwargs"], architecture["network_class_name"]
     stages = settings["n_stages"]
-    if family == PLAIN:
+    # By class name, as nnU-Net finds it: older plans name another module.
+    kind = family.rpartition(".")[2]
+    if kind == PLAIN.rpartition(".")[2]:
         del settings["n_conv_per_stage"]
         deeper = [_RESIDUAL_BLOCKS[-1]] * stages
         settings["n_blocks_per_stage"] = [*_RESIDUAL_BLOCKS, *deeper][:stages]
         settings["n_conv_per_stage_decoder"] = [1] * (stages - 1)
-    elif family == RESIDUAL:
+        architecture["network_class_name"] = RESIDUAL
+    elif kind == RESIDUAL.rpartition(".")[2]:
+        architecture["network_class_name"] = PLAIN
         del settings["n_blocks_per_stage"]
         settings["n_conv_per_stage"] = [2] * stages
         settings["n_conv_per_stage_decoder"] = [2] * (stages - 1)
@@ -63,7 +67,6 @@ def with_partner_network(plans: Mapping[str, Any], name: str, configuration: str
             f"No partner is known for the network {family} of {configuration}; expected {PLAIN.rpartition('.')[2]} or "
             f"{RESIDUAL.rpartition('.')[2]}, as nnU-Net's planners write."
         )
-    architecture["network_class_name"] = RESIDUAL if family == PLAIN else PLAIN
     derived["configurations"][configuration]["architecture"] = architecture
     return derived
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnunet_ssl.interpolation import index_of, knots_between, look_up, spline_matrix
+from nnunet_ssl.precision import without_autocast
 from nnunet_ssl.random_field import apply_per_axis, gaussian_field
 
 Interpolation = Literal["linear", "nearest", "cubic"]
@@ -121,7 +121,7 @@ def sample_displacement(
     # Infinitely smooth along fixed axes: one noise point serves all voxels.
     sigmas = [math.inf if axis in fixed_axes else smoothness * side for axis, side in enumerate(spatial_shape)]
     amplitudes = [0.0 if axis in fixed_axes else displacement_std * side for axis, side in enumerate(spatial_shape)]
-    with _without_autocast(target):
+    with without_autocast(target):
         field = gaussian_field(
             batch_size, spatial_shape, margin, sigmas, amplitudes, max_strain, generator, target, work
         )
@@ -233,7 +233,7 @@ def align_displacements(
             aligned = second - warp(first, aligned)
         return aligned
     work = torch.float64 if first.dtype == torch.float64 else torch.float32
-    with _without_autocast(first.device):
+    with without_autocast(first.device):
         return _align_on_knots(first.to(work), second.to(work), iterations, grid).to(first.dtype)
 
 
@@ -314,12 +314,6 @@ def _resample(values: Tensor, knots: Sequence[tuple[int, ...]], queries: Sequenc
     """Cubic spline interpolation of (B, C, *N) from knots to queries, axis by axis."""
     matrices = [spline_matrix(k, q, values.dtype, values.device) for k, q in zip(knots, queries)]
     return apply_per_axis(values, matrices)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products of coordinates must not run in half precision."""
-    # As in nnU-Net, which uses no autocast elsewhere: older versions refuse even to switch it off for mps.
-    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def _check_displacement(displacement: Tensor) -> None:

@@ -142,10 +142,10 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
 
     @property
     def stage_progress(self) -> float:
-        """Fraction of the current stage that is done, in [0, 1)."""
+        """Fraction of the current stage that is done, in [0, 1); 0 in a stage without epochs."""
         first, last = (self.switch_epoch, self.num_epochs) if self.in_second_stage else (0, self.switch_epoch)
         done = (self.current_epoch - first) * self.num_iterations_per_epoch + self._iterations_done_in_epoch
-        return done / ((last - first) * self.num_iterations_per_epoch)
+        return done / max(1, (last - first) * self.num_iterations_per_epoch)
 
     @property
     def augments_slice_by_slice(self) -> bool:
@@ -327,8 +327,9 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Load nnU-Net's part and ours; random states are put back when training starts."""
-        super().load_checkpoint(filename_or_checkpoint)
+        # First, because a checkpoint of another trainer must not be half loaded.
         state = read_state(filename_or_checkpoint, type(self).__name__)
+        super().load_checkpoint(filename_or_checkpoint)
         if self.partner is not None:
             bare(self.partner).load_state_dict(state["partner"]["weights"])
         changed = {k: v for k, v in self.hp.as_dict().items() if state["hyperparameters"].get(k) != v}

@@ -14,11 +14,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_ssl.checkpoint import STATE_KEY, random_state, restore_random_state
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replace_atomically, write_atomically
-from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
 
 
-def trained(tiny, cls):
-    trainer = tiny.trainer(cls, num_epochs=2, num_iterations_per_epoch=1)
+def trained(tiny, cls, **ssl):
+    trainer = tiny.trainer(cls, num_epochs=2, num_iterations_per_epoch=1, **ssl)
     trainer.run_training()
     return trainer
 
@@ -37,8 +37,8 @@ def test_stock_keys_and_ours(tiny, trainer_class):
     assert checkpoint[STATE_KEY]["hyperparameters"]["num_epochs"] == 2
 
 
-def test_our_state_holds_tensors_and_plain_values_only(tiny):
-    trainer = trained(tiny, nnUNetTrainerSemiTC)
+def test_our_state_holds_tensors_and_plain_values_only(tiny, trainer_class):
+    trainer = trained(tiny, trainer_class)
     checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
     file = tiny.root / "state.pth"
     torch.save(checkpoint[STATE_KEY], file)
@@ -56,16 +56,25 @@ def test_a_changed_network_keeps_its_trainer_name(tiny):
     assert checkpoint["trainer_name"] == "OtherNetwork"
 
 
-def test_another_trainers_checkpoint_is_refused(tiny):
+@pytest.mark.parametrize("cls", [nnUNetTrainerSemiTC, nnUNetTrainerDualNet])
+def test_another_trainers_checkpoint_is_refused(tiny, cls):
     file = f"{trained(tiny, nnUNetTrainerSupervised).output_folder}/checkpoint_final.pth"
-    other = tiny.trainer(nnUNetTrainerSemiTC)
-    with pytest.raises(UserError, match=r"written by nnUNetTrainerSupervised, not by nnUNetTrainerSemiTC.*-pretrained"):
+    other = tiny.trainer(cls)
+    with pytest.raises(UserError, match=rf"written by nnUNetTrainerSupervised, not by {cls.__name__}.*-pretrained"):
         other.load_checkpoint(file)
     stock = tiny.trainer(nnUNetTrainer)
     stock.initialize()
     stock.save_checkpoint(f"{tiny.root}/stock.pth")
     with pytest.raises(UserError, match="a trainer of another package"):
-        tiny.trainer(nnUNetTrainerSemiTC).load_checkpoint(f"{tiny.root}/stock.pth")
+        tiny.trainer(cls).load_checkpoint(f"{tiny.root}/stock.pth")
+
+
+def test_a_finished_training_without_a_second_stage_continues_into_validation(tiny):
+    trained(tiny, nnUNetTrainerSemiTC, supervised_fraction=1.0)
+    again = tiny.trainer(nnUNetTrainerSemiTC, num_epochs=2, supervised_fraction=1.0)
+    again.load_checkpoint(f"{again.output_folder}/checkpoint_final.pth")
+    assert again.current_epoch == again.num_epochs == again.switch_epoch
+    again.run_training()
 
 
 def test_changed_plans_are_said_when_continuing(tiny):

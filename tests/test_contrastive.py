@@ -79,6 +79,22 @@ def test_degenerate_scenes_are_finite(case):
         assert loss.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_touch_the_sums(dtype):
+    """More voxels per class than float16 can count, and features of zero."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 4, 400, 400, generator=generator)
+    features[..., :10] = 0
+    labels = torch.arange(400).expand(2, 1, 400, 400) // 200
+    reliable = torch.rand(2, 400, 400, generator=generator) > 0.2
+    values = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            values.append(contrastive_loss(features, labels, reliable, 2, 50, 1.0, torch.Generator().manual_seed(1)))
+    assert torch.isfinite(values[1])
+    assert torch.equal(*values)
+
+
 def test_gradient_in_float64_reaches_reliable_and_uncertain_voxels():
     features, labels, reliable = scene((3, 4))
     features.requires_grad_()

@@ -279,7 +279,7 @@ def test_7_terms_are_finite_under_autocast(tiny, trainer_class, name, supervised
     output = trainer.train_step(labeled)
     assert np.isfinite(output["loss"])
     assert np.isfinite(output["terms"]).all()
-    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+    assert all(torch.isfinite(p).all() for network in trainer.networks for p in network.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -123,3 +123,18 @@ def test_configure_errors_write_nothing(preprocessed, capsys, options, message):
     assert configure(*options) == 2
     assert message in capsys.readouterr().err
     assert [p.name for p in preprocessed.iterdir()] == ["nnUNetPlans.json"]
+
+
+def test_only_asked_for_sizes_change_a_network(tiny):
+    """The partner of the plans' network, not of one that was shrunk on the way."""
+    plans = make_plans((32, 32))
+    network = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    network["features_per_stage"] = [4, 6, 8, 12]
+    plans["configurations"]["large"] = {"inherits_from": "2d", "batch_size": 9}
+    (tiny.base / "nnUNetPlans.json").write_text(json.dumps(plans))
+    base = ["configure", "-d", plans["dataset_name"], "-o", "Partner", "-c", "large"]
+    assert main([*base, "--partner-network"]) == 0
+    written = PlansManager(json.loads((tiny.base / "Partner.json").read_text())).get_configuration("large")
+    assert written.network_arch_init_kwargs["features_per_stage"] == [4, 6, 8, 12]
+    assert written.network_arch_class_name.endswith("ResidualEncoderUNet")
+    assert written.batch_size == 9

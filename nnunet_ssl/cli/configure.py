@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the file and say what to run next."""
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.files import write_atomically
-    from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_variables
+    from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_configurations, require_variables
     from nnunet_ssl.plans import shrink, with_hyperparameters, with_partner_network
 
     (preprocessed,) = require_variables("nnUNet_preprocessed")
@@ -58,7 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         read_plans(preprocessed / name, arguments.plans), arguments.output, parse_settings(arguments.settings)
     )
     sizes = (arguments.patch_size, arguments.batch_size, arguments.base_features, arguments.max_features)
+    smaller = arguments.downscale != 1 or any(size is not None for size in sizes)
     if arguments.configuration is not None:
+        require_configurations(plans, [arguments.configuration])
+    elif smaller or arguments.partner_network:
+        raise UserError("Name the configuration whose network to change with -c, e.g. -c 2d.")
+    if smaller:
         plans = shrink(
             plans,
             arguments.configuration,
@@ -68,10 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
             base_features=arguments.base_features,
             max_features=arguments.max_features,
         )
-        if arguments.partner_network:
-            plans = with_partner_network(plans, arguments.output, arguments.configuration)
-    elif arguments.partner_network or arguments.downscale != 1 or any(size is not None for size in sizes):
-        raise UserError("Name the configuration whose network to change with -c, e.g. -c 2d.")
+    if arguments.partner_network:
+        plans = with_partner_network(plans, arguments.output, arguments.configuration)
     write_atomically(str(file), json.dumps(plans, indent=4).encode())
     print(f"Written to {file}; train with -p {arguments.output}")
     if arguments.downscale > 1:

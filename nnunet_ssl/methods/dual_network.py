@@ -4,7 +4,8 @@ Lu, Wu, Kateb, Chaddad: "Semi-supervised medical image segmentation via dual net
 
 Departures from the paper: nnU-Net's loss, optimizer and augmentation; a residual-encoder U-Net beside the plan's own
 instead of a 3D ResNet beside a V-Net; any number of classes, and regions; a reliable voxel is one where both networks
-are sure; the paper names no weights but the contrastive one, here all are 1 but that, with a common ramp.
+are sure; the paper names no weights but the contrastive one, here all are 1 but that, with a common ramp. On several
+devices, entropies are compared and prototypes made on each for itself.
 """
 
 from __future__ import annotations
@@ -133,8 +134,7 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
             features: The student's features (B_u, C, *S) of the unlabeled batch; needed by the contrastive term.
         """
         hp, regions = self.hp, self.label_manager.has_regions
-        log_p, log_p_labeled = (log_probabilities(z, regions) for z in student)
-        log_q, log_q_labeled = (log_probabilities(z, regions) for z in teacher)
+        log_p, log_q = log_probabilities(student[0], regions), log_probabilities(teacher[0], regions)
         labels = log_q.argmax(2)
         with torch.no_grad():
             entropies = [entropy(log_p), entropy(log_q)]
@@ -146,8 +146,9 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         if hp.pseudo_label_weight > 0:
             terms["pseudo_label"] = masked_mean(cross_entropy, reliable)
         if hp.consistency_weight > 0:
-            distances = [cosine_distance(log_p, log_q), cosine_distance(log_p_labeled, log_q_labeled)]
-            terms["consistency"] = torch.cat([d.flatten() for d in distances]).mean()
+            on_labeled = cosine_distance(log_probabilities(student[1], regions), log_probabilities(teacher[1], regions))
+            distances = [cosine_distance(log_p, log_q).flatten(), on_labeled.flatten()]
+            terms["consistency"] = torch.cat(distances).mean()
         if hp.uncertainty_weight > 0:
             divergence = kl_divergence(log_p, log_probabilities(teacher[0], regions, hp.temperature))
             certainty = torch.exp(-divergence.detach())
