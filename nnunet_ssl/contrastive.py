@@ -28,7 +28,9 @@ def class_prototypes(features: Tensor, labels: Tensor, reliable: Tensor, num_cla
     for group in labels.unbind(1):
         members = torch.stack([(group == k) & reliable for k in range(num_classes)], dim=1).flatten(2)
         weighted = members * weights.flatten(1)[:, None]
-        sums.append(torch.einsum("bkn,bcn->kc", weighted, features.flatten(2)))
+        # Sums over millions of voxels overflow float16.
+        with without_autocast(features.device):
+            sums.append(torch.einsum("bkn,bcn->kc", weighted, features.flatten(2)))
         counts.append(members.sum((0, 2)))
     count = torch.stack(counts)
     return torch.stack(sums) / count.clamp_min(1)[..., None], count > 0
@@ -82,20 +84,6 @@ def contrastive_loss(
     Returns:
         Scalar.
     """
-    # Sums over millions of voxels overflow float16.
-    with without_autocast(features.device):
-        return _contrastive_loss(features, labels, reliable, num_classes, num_points, margin, generator)
-
-
-def _contrastive_loss(
-    features: Tensor,
-    labels: Tensor,
-    reliable: Tensor,
-    num_classes: int,
-    num_points: int,
-    margin: float,
-    generator: torch.Generator | None,
-) -> Tensor:
     prototypes, present = class_prototypes(features, labels, reliable, num_classes)
     positions, valid = draw_voxels(~reliable, num_points, generator)
     voxels = features[0, 0].numel()

@@ -183,6 +183,15 @@ class TinyDataset:
                 setattr(trainer, name, value)
         return trainer
 
+    def initialized(self, cls: type, **ssl: Any) -> Any:
+        """A trainer ready for steps, with all its networks in training mode."""
+        trainer = self.trainer(cls, **ssl)
+        trainer.initialize()
+        trainer.set_deep_supervision_enabled(True)
+        for network in trainer.networks:
+            network.train()
+        return trainer
+
     def batches(self, trainer: Any, seed: int = 0) -> tuple[dict, dict]:
         """A labeled and an unlabeled batch of noise, independent of any loader."""
         rng = torch.Generator().manual_seed(seed)

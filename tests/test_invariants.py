@@ -22,15 +22,6 @@ SIAMESE = [t for t in TRAINERS if issubclass(t, nnUNetTrainerSupTC)]
 NEUTRAL = {"identity_probability": 1.0} | {f"{name}_weight": 0.0 for t in TRAINERS for name in t.unlabeled_terms}
 
 
-def initialized(tiny: TinyDataset, cls: type, **ssl: Any) -> Any:
-    trainer = tiny.trainer(cls, **ssl)
-    trainer.initialize()
-    trainer.set_deep_supervision_enabled(True)
-    for network in trainer.networks:
-        network.train()
-    return trainer
-
-
 def feed(trainer: Any, unlabeled: dict[str, Any]) -> None:
     """Give the same unlabeled batch at every step."""
     if trainer.uses_unlabeled:
@@ -75,7 +66,7 @@ TERMS = [(t, name) for t in SEMI for name in t.unlabeled_terms]
 @pytest.mark.parametrize(("cls", "term"), TERMS, ids=lambda v: v if isinstance(v, str) else v.__name__)
 def test_1_unlabeled_gradient_reaches_one_network_and_no_other(tmp_path, cls, term, patch):
     tiny = TinyDataset(tmp_path, PATCHES[patch])
-    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0)
+    trainer = tiny.initialized(cls, supervised_fraction=0.0, identity_probability=0.0)
     for parameter in (p for n in trainer.networks for p in n.parameters()):
         # Residual blocks start with a gain of zero, and so with no gradient before it.
         if not parameter.any():
@@ -89,7 +80,7 @@ def test_1_unlabeled_gradient_reaches_one_network_and_no_other(tmp_path, cls, te
 
 @pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)
 def test_1_gradient_of_nearest_interpolation_reaches_every_parameter(tiny, cls):
-    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
+    trainer = tiny.initialized(cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
     labeled, unlabeled = tiny.batches(trainer)
     trainer.loss_terms(labeled, unlabeled if cls.uses_unlabeled else None)["consistency"].value.backward()
     assert not untouched(trainer.network, past_head=True)
@@ -97,7 +88,7 @@ def test_1_gradient_of_nearest_interpolation_reaches_every_parameter(tiny, cls):
 
 @pytest.mark.parametrize("branch", [0, 1])
 def test_1_gradient_flows_through_both_branches(tiny, branch):
-    trainer = initialized(tiny, SIAMESE[0], supervised_fraction=0.0, identity_probability=0.0)
+    trainer = tiny.initialized(SIAMESE[0], supervised_fraction=0.0, identity_probability=0.0)
     logits = [torch.randn(2, 3, *tiny.patch, requires_grad=True) for _ in range(2)]
     u1, u2 = (trainer.draw_displacement(logits[0]) for _ in range(2))
     trainer.consistency(*logits, u1, u2).backward()
@@ -108,7 +99,7 @@ def test_1_gradient_flows_through_both_branches(tiny, branch):
 def test_1_unlabeled_images_change_the_gradient(tiny, cls):
     gradients = []
     for seed in (1, 2):
-        trainer = initialized(tiny, cls, supervised_fraction=0.0)
+        trainer = tiny.initialized(cls, supervised_fraction=0.0)
         labeled, _ = tiny.batches(trainer)
         _, unlabeled = tiny.batches(trainer, seed)
         terms = trainer.loss_terms(labeled, unlabeled)
@@ -127,7 +118,7 @@ def shared_storages(trainer: Any) -> int:
 
 
 def test_2_no_network_shares_storage_with_another(tiny, trainer_class):
-    trainer = initialized(tiny, trainer_class)
+    trainer = tiny.initialized(trainer_class)
     assert shared_storages(trainer) == 0
     trainer.second = nn.Sequential(trainer.network.encoder)
     assert shared_storages(trainer) > 0, "sharing goes unseen"
@@ -162,7 +153,7 @@ def test_3_hidden_label_files_may_be_missing(tiny, trainer_class):
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 def test_4_equals_the_stock_trainer_with_everything_switched_off(tmp_path, trainer_class, patch):
     tiny = TinyDataset(tmp_path, PATCHES[patch])
-    trainer = initialized(tiny, trainer_class, supervised_fraction=0.5, **NEUTRAL)
+    trainer = tiny.initialized(trainer_class, supervised_fraction=0.5, **NEUTRAL)
     stock = tiny.trainer(nnUNetTrainer)
     stock.initialize()
     stock.set_deep_supervision_enabled(True)
@@ -246,7 +237,7 @@ def stop_at_epoch(trainer: SemiSupervisedTrainer, epoch: int) -> None:
 def test_6_voxels_outside_the_mask_cannot_change_the_loss(tiny, cls):
     from nnunet_ssl.spatial import align_displacements, inside_mask
 
-    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
+    trainer = tiny.initialized(cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
     logits_1, logits_2 = torch.randn(2, 2, 3, *tiny.patch)
     u1, u2 = trainer.draw_displacement(logits_1), trainer.draw_displacement(logits_1)
     masked = ~inside_mask(align_displacements(u1, u2, grid=trainer.grid(tiny.patch)))
@@ -269,8 +260,8 @@ EXTREMES = {
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("supervised_loss", ["nnunet", "soft_iou"])
 def test_7_terms_are_finite_under_autocast(tiny, trainer_class, name, supervised_loss):
-    trainer = initialized(
-        tiny, trainer_class, supervised_fraction=0.0, cpu_bfloat16=True, supervised_loss=supervised_loss
+    trainer = tiny.initialized(
+        trainer_class, supervised_fraction=0.0, cpu_bfloat16=True, supervised_loss=supervised_loss
     )
     labeled, unlabeled = tiny.batches(trainer)
     # Only background is there: every structure is absent.
@@ -285,7 +276,7 @@ def test_7_terms_are_finite_under_autocast(tiny, trainer_class, name, supervised
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)
 def test_7_confident_predictions_have_finite_loss_and_gradient(tiny, cls, dtype):
-    trainer = initialized(tiny, cls, supervised_fraction=0.0, identity_probability=0.0)
+    trainer = tiny.initialized(cls, supervised_fraction=0.0, identity_probability=0.0)
     one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, (2, *tiny.patch)), 3).movedim(-1, 1)
     for scale in (1.0, 1e4):
         logits = (one_hot * scale).to(dtype).requires_grad_()

@@ -14,10 +14,7 @@ from nnunet_ssl.spatial import align_displacements, inside_mask, warp, without_m
 
 
 def initialized(tiny, cls=nnUNetTrainerSemiTC, **ssl):
-    trainer = tiny.trainer(cls, **{"supervised_fraction": 0.0, "identity_probability": 0.0, **ssl})
-    trainer.initialize()
-    trainer.set_deep_supervision_enabled(True)
-    return trainer
+    return tiny.initialized(cls, **{"supervised_fraction": 0.0, "identity_probability": 0.0, **ssl})
 
 
 # Large enough that the borders between classes, where interpolation errs, are a small part.
