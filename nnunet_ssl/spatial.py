@@ -162,10 +162,8 @@ def warp(image: Tensor, displacement: Tensor, interpolation: Interpolation = "li
             f"warp: {interpolation} interpolation of {image.dtype} labels would invent labels; "
             f"use interpolation='nearest'."
         )
-    work = torch.float64 if torch.float64 in (image.dtype, displacement.dtype) else torch.float32
-    displacement = displacement.to(work)
     positions = [_identity_coordinates(displacement, axis) + displacement[:, axis] for axis in range(dims)]
-    return look_up(image.to(work), positions, modes[interpolation]).to(image.dtype)
+    return look_up(image, positions, modes[interpolation])
 
 
 def compose_displacements(outer: Tensor, inner: Tensor) -> Tensor:
