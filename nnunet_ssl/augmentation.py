@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
@@ -53,15 +53,26 @@ def adjust(stock: Augmentation, hp: HyperParameters, patch_size: Sequence[int]) 
     adjusted = stock
     if hp.rotation_degrees is not None:
         angle = float(np.deg2rad(hp.rotation_degrees))
-        rotation = (-angle, angle)
-        size = get_patch_size(patch_size, rotation, rotation, rotation, _NNUNET_SCALE_RANGE)
-        if stock.slice_by_slice:
-            size[0] = patch_size[0]
-        adjusted = adjusted._replace(rotation=rotation, initial_patch_size=size)
+        size = initial_patch_size(patch_size, (-angle, angle), stock.slice_by_slice)
+        adjusted = adjusted._replace(rotation=(-angle, angle), initial_patch_size=size)
     if hp.mirror_axes is not None:
         # nnU-Net's predictor takes None, not an empty list, for "no mirroring".
         adjusted = adjusted._replace(mirror_axes=hp.mirror_axes or None)
     return adjusted
+
+
+def initial_patch_size(patch_size: Sequence[int], rotation: tuple[float, float], slice_by_slice: bool) -> Sequence[int]:
+    """What nnU-Net cuts out before it rotates and scales, so that a patch of this size remains; in voxels.
+
+    Args:
+        patch_size: In voxels.
+        rotation: Range in radians.
+        slice_by_slice: Whether 3D patches are augmented as 2D slices: then the first axis stays as it is.
+    """
+    size: Any = get_patch_size(patch_size, rotation, rotation, rotation, _NNUNET_SCALE_RANGE)
+    if slice_by_slice:
+        size[0] = patch_size[0]
+    return size
 
 
 def warning_about_sides(labels: Iterable[str], augmentation: Augmentation) -> str:

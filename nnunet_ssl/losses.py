@@ -118,6 +118,25 @@ def log_probabilities(logits: Tensor, has_regions: bool, temperature: float = 1.
     return functional.log_softmax(scaled, dim=1)[:, None]
 
 
+def hard_labels(logits: Tensor, like: Tensor, has_regions: bool) -> Tensor:
+    """Predictions in the form of nnU-Net's targets, without gradient; no voxel is ignored.
+
+    Args:
+        logits: (B, K, *S).
+        like: A target, (., 1, *S) or region channels (., R, *S), which have one more channel, of ignored voxels, where
+            there is an ignore label. Gives type and channels.
+        has_regions: Whether channels are overlapping regions.
+
+    Returns:
+        Label map (B, 1, *S) or region channels (B, R, *S), of the target's type.
+    """
+    if not has_regions:
+        return logits.detach().argmax(1, keepdim=True).to(like.dtype)
+    regions = (logits.detach() > 0).to(like.dtype)
+    further = like.shape[1] - regions.shape[1]
+    return torch.cat([regions, regions.new_zeros(len(regions), further, *regions.shape[2:])], 1) if further else regions
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """Shannon entropy in nats, the mean over groups: (B, G, K, *S) to (B, *S)."""
     return -(log_p.exp() * log_p).sum(2).mean(1)

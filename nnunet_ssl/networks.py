@@ -94,6 +94,13 @@ def full_resolution(outputs: Any) -> Tensor:
     return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
 
 
+def split_outputs(outputs: Any, size: int) -> tuple[Any, Any]:
+    """What a network returns for a batch, in the same form for its first ``size`` examples and for the others."""
+    if isinstance(outputs, (list, tuple)):
+        return [o[:size] for o in outputs], [o[size:] for o in outputs]
+    return outputs[:size], outputs[size:]
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean over all ranks of a training on several devices, of any shape; the values themselves on one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

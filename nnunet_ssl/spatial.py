@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.interpolation import index_of, knots_between, look_up, spline_matrix
+from nnunet_ssl.mixing import shifted_crop
 from nnunet_ssl.precision import without_autocast
 from nnunet_ssl.random_field import apply_per_axis, gaussian_field
 
@@ -237,9 +238,7 @@ def align_displacements(
 
 def without_margin(displacement: Tensor, margin: Sequence[int]) -> Tensor:
     """The part of a displacement (B, D, *(S + 2 margin)) that lies on the patch, (B, D, *S); a view."""
-    for axis, voxels in enumerate(margin, start=2):
-        displacement = displacement.narrow(axis, voxels, displacement.shape[axis] - 2 * voxels)
-    return displacement
+    return shifted_crop(displacement, margin, [0] * len(margin))
 
 
 def inside_mask(displacement: Tensor) -> Tensor:

@@ -37,12 +37,10 @@ from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.unlabeled_data import (
     UnlabeledCase,
-    UnlabeledDataLoader,
-    UnlabeledDataset,
     describe_cases,
     find_unlabeled_cases,
     hidden_cases,
-    in_background_workers,
+    make_unlabeled_loader,
 )
 
 
@@ -114,7 +112,8 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         Args:
             labeled: ``data`` (B_l, C, *S) and ``target`` at full resolution, (B_l, 1, *S) or region channels, both on
                 the device, and ``keys``.
-            unlabeled: ``data`` (B_u, C, *S) on the device, and ``keys``; None in stage 1 and for methods without it.
+            unlabeled: ``data`` (B_u, C, *(S + 2 unlabeled_margin)) on the device, and ``keys``; None in stage 1 and for
+                methods without it.
 
         Returns:
             A term per name of ``term_names``; one that is not computed in this stage may be left out. What
@@ -152,6 +151,16 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         """Whether the patch is so anisotropic that nnU-Net augments its slices (axis 0) as 2D images."""
         patch_size = self.configuration_manager.patch_size
         return len(patch_size) == 3 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
+
+    @property
+    def unlabeled_margin(self) -> tuple[int, ...]:
+        """By how many voxels per axis and side an unlabeled patch exceeds the network's; a method may ask for some."""
+        return (0,) * len(self.configuration_manager.patch_size)
+
+    @property
+    def unlabeled_patch_size(self) -> tuple[int, ...]:
+        """What the unlabeled loader gives, in voxels per axis."""
+        return tuple(side + 2 * m for side, m in zip(self.configuration_manager.patch_size, self.unlabeled_margin))
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -234,7 +243,7 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         """nnU-Net's two loaders; makes the unlabeled one beside them."""
         labeled, validation = super().get_dataloaders()
         if self.uses_unlabeled:
-            self.dataloader_unlabeled = self._make_unlabeled_loader()
+            self.dataloader_unlabeled = make_unlabeled_loader(self, self._unlabeled_cases, self._augmentation)
         return labeled, validation
 
     def on_train_start(self) -> None:
@@ -351,16 +360,18 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             return torch.autocast("cpu", dtype=torch.bfloat16)
         return nullcontext()
 
-    def supervised_loss(self, outputs: Any, target: Tensor) -> Tensor:
+    def supervised_loss(self, outputs: Any, target: Tensor, loss: nn.Module | None = None) -> Tensor:
         """The trainer's loss of the network's outputs against a target at full resolution.
 
         Args:
             outputs: Logits (B, K, *S), with deep supervision a list of them by falling resolution.
             target: (B, 1, *S) or region channels.
+            loss: Another loss of that kind, instead of the trainer's.
         """
+        loss = self.loss if loss is None else loss
         if not isinstance(outputs, (list, tuple)):
-            return self.loss(outputs, target)
-        return self.loss(outputs, downsample_target(target, [tuple(o.shape[2:]) for o in outputs]))
+            return loss(outputs, target)
+        return loss(outputs, downsample_target(target, [tuple(o.shape[2:]) for o in outputs]))
 
     def find_unlabeled_cases(self) -> list[UnlabeledCase]:
         """The unlabeled cases of this training; see ``unlabeled_data.find_unlabeled_cases``."""
@@ -381,22 +392,6 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         from nnunet_ssl.methods import TRAINERS  # the table imports the methods, which import this module
 
         return cls.hyperparameters_class.from_plans(plans, [t.hyperparameters_class for t in TRAINERS])
-
-    def _make_unlabeled_loader(self) -> Iterator[dict[str, Any]]:
-        patch_size, masked = self.configuration_manager.patch_size, self.configuration_manager.use_mask_for_norm
-        rotation, slice_by_slice, initial_patch_size, mirror_axes = self._augmentation
-        loader = UnlabeledDataLoader(
-            UnlabeledDataset(self._unlabeled_cases),
-            self.unlabeled_batch_size,
-            initial_patch_size,
-            patch_size,
-            self.label_manager,
-            self.get_training_transforms(
-                patch_size, rotation, None, mirror_axes, slice_by_slice, use_mask_for_norm=masked
-            ),
-            masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
-        )
-        return in_background_workers(loader, pin_memory=self.device.type == "cuda")
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import blosc2
 import numpy as np
@@ -25,6 +25,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 
+from nnunet_ssl.augmentation import Augmentation, initial_patch_size
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.preprocessing import (
     TEST_SUFFIX,
@@ -33,6 +34,9 @@ from nnunet_ssl.preprocessing import (
     preprocessed_cases,
     raw_identifiers,
 )
+
+if TYPE_CHECKING:
+    from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 # Of order-3 splines in regions of zeros, in units of the normalized image's standard deviation.
 _RESAMPLING_NOISE = 0.01
@@ -247,6 +251,32 @@ def describe_cases(cases: Sequence[UnlabeledCase]) -> str:
     sources = [case.source for case in cases]
     counts = ", ".join(f"{int(n)} {s}" for s, n in zip(*np.unique(sources, return_counts=True)))
     return f"{len(cases)} unlabeled cases ({counts})"
+
+
+def make_unlabeled_loader(
+    trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledCase], augmentation: Augmentation
+) -> Iterator[dict[str, Any]]:
+    """A trainer's loader of unlabeled batches, with the augmentation of its labeled ones, in background workers.
+
+    Args:
+        trainer: Says patch, batch and normalization.
+        cases: What to draw from.
+        augmentation: The trainer's.
+    """
+    rotation, slice_by_slice, _, mirror_axes = augmentation
+    patch_size, masked = trainer.unlabeled_patch_size, trainer.configuration_manager.use_mask_for_norm
+    loader = UnlabeledDataLoader(
+        UnlabeledDataset(cases),
+        trainer.unlabeled_batch_size,
+        initial_patch_size(patch_size, rotation, slice_by_slice),
+        patch_size,
+        trainer.label_manager,
+        trainer.get_training_transforms(
+            patch_size, rotation, None, mirror_axes, slice_by_slice, use_mask_for_norm=masked
+        ),
+        masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
+    )
+    return in_background_workers(loader, pin_memory=trainer.device.type == "cuda")
 
 
 def in_background_workers(loader: UnlabeledDataLoader, pin_memory: bool) -> Iterator[dict[str, Any]]:

@@ -199,7 +199,9 @@ class TinyDataset:
         labeled = trainer.batch_size
         target = torch.randint(0, self.num_labels, (labeled, 1, *self.patch), generator=rng).to(torch.int16)
         data = torch.randn((labeled, *size), generator=rng)
-        unlabeled = torch.randn((max(1, getattr(trainer, "unlabeled_batch_size", 0)), *size), generator=rng)
+        larger = getattr(trainer, "unlabeled_patch_size", self.patch)
+        unlabeled_size = (max(1, getattr(trainer, "unlabeled_batch_size", 0)), self.channels, *larger)
+        unlabeled = torch.randn(unlabeled_size, generator=rng)
         return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "keys": []}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer
 SEMI = [t for t in TRAINERS if t.unlabeled_terms]
 SIAMESE = [t for t in TRAINERS if issubclass(t, nnUNetTrainerSupTC)]
 # What switches a method's own terms and transforms off.
-NEUTRAL = {"identity_probability": 1.0} | {f"{name}_weight": 0.0 for t in TRAINERS for name in t.unlabeled_terms}
+WEIGHTS = [f.name for t in TRAINERS for f in dataclasses.fields(t.hyperparameters_class) if f.name.endswith("_weight")]
+NEUTRAL = {"identity_probability": 1.0} | dict.fromkeys(WEIGHTS, 0.0)
 
 
 def feed(trainer: Any, unlabeled: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Where nnU-Net finds the trainers of nnunet-ssl: the folder of this file is what nnUNet_extTrainer names."""
 
 from nnunet_ssl.methods.dual_network import nnUNetTrainerDualNet
+from nnunet_ssl.methods.fixed_dynamic import nnUNetTrainerFDPL
 from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
 from nnunet_ssl.methods.transformation_consistency import (
     nnUNetTrainerSemiTC,
@@ -10,6 +11,7 @@ from nnunet_ssl.methods.transformation_consistency import (
 
 __all__ = [
     "nnUNetTrainerDualNet",
+    "nnUNetTrainerFDPL",
     "nnUNetTrainerSemiTC",
     "nnUNetTrainerSemiTCPlus",
     "nnUNetTrainerSupTC",

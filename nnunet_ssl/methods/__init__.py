@@ -1,6 +1,7 @@
 """One method, one file; this is the table of them."""
 
 from nnunet_ssl.methods.dual_network import nnUNetTrainerDualNet
+from nnunet_ssl.methods.fixed_dynamic import nnUNetTrainerFDPL
 from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
 from nnunet_ssl.methods.transformation_consistency import (
     nnUNetTrainerSemiTC,
@@ -15,4 +16,5 @@ TRAINERS: tuple[type[SemiSupervisedTrainer], ...] = (
     nnUNetTrainerSemiTC,
     nnUNetTrainerSemiTCPlus,
     nnUNetTrainerDualNet,
+    nnUNetTrainerFDPL,
 )

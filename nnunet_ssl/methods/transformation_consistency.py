@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnunet_ssl.hyperparameters import HyperParameters, parameter
 from nnunet_ssl.losses import SoftIoULoss, probabilities, soft_iou_loss
-from nnunet_ssl.networks import full_resolution
+from nnunet_ssl.networks import full_resolution, split_outputs
 from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.schedules import gaussian_ramp
 from nnunet_ssl.spatial import (
@@ -97,10 +97,10 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         margin = self.grid(tuple(data.shape[2:])).margin
         t1, t2 = without_margin(u1, margin), without_margin(u2, margin)
         outputs = self.network(torch.cat([warp(data, t1), warp(data, t2)]))
-        branch_1, branch_2 = _split(outputs, len(data))
+        branch_1, branch_2 = split_outputs(outputs, len(data))
 
         losses = [
-            self.supervised_loss(_first(branch, num_labeled), warp(target, t[:num_labeled], "nearest"))
+            self.supervised_loss(split_outputs(branch, num_labeled)[0], warp(target, t[:num_labeled], "nearest"))
             for branch, t in ((branch_1, t1), (branch_2, t2))
         ]
         terms = {"supervised": LossTerm((losses[0] + losses[1]) / 2, 1.0)}
@@ -168,14 +168,3 @@ class nnUNetTrainerSemiTCPlus(nnUNetTrainerSemiTC):
     """SemiTC+, transductive: the images of the fold's validation cases and of imagesTs are unlabeled cases too."""
 
     transductive: ClassVar[bool] = True
-
-
-def _split(outputs: Any, size: int) -> tuple[Any, Any]:
-    """The two branches of a joint forward pass, each as the network returns it."""
-    if isinstance(outputs, (list, tuple)):
-        return [o[:size] for o in outputs], [o[size:] for o in outputs]
-    return outputs[:size], outputs[size:]
-
-
-def _first(outputs: Any, size: int) -> Any:
-    return [o[:size] for o in outputs] if isinstance(outputs, list) else outputs[:size]

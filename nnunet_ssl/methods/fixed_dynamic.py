@@ -1,0 +1,168 @@
+"""Co-training with fixed and dynamic pseudo-labels: FDPL.
+
+Kumari, Singh: "Leveraging fixed and dynamic pseudo-labels for semi-supervised medical image segmentation",
+arXiv:2405.07256 (2024).
+
+Departures from the paper: nnU-Net's loss with deep supervision on pseudo-labels too, optimizer and augmentation; any
+number of classes, and regions; shifted crops in 3D have a random direction per axis; the paper names neither the weight
+of the pseudo-labels nor the shift, both were tuned.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor, nn
+
+from nnunet_ssl.hyperparameters import HyperParameters, parameter
+from nnunet_ssl.losses import hard_labels
+from nnunet_ssl.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
+from nnunet_ssl.networks import full_resolution, split_outputs
+from nnunet_ssl.optimization import LossTerm
+from nnunet_ssl.schedules import gaussian_ramp
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedDynamicParameters(HyperParameters):
+    """Hyper-parameters of co-training with fixed and dynamic pseudo-labels."""
+
+    supervised_fraction: float = parameter(
+        0.0, "fraction of the epochs trained on labels alone, before the pseudo-labels", minimum=0.0, maximum=1.0
+    )
+    unlabeled_ramp: float = parameter(
+        0.4, "fraction of stage 2 over which the weights of the pseudo-labels rise", minimum=0.0, maximum=1.0
+    )
+    fixed_weight: float = parameter(1.0, "weight of the fixed pseudo-labels; 0 for dynamic ones alone", minimum=0.0)
+    dynamic_weight: float = parameter(
+        1.0, "weight of the dynamic pseudo-labels; 0 for fixed ones alone (cross pseudo supervision)", minimum=0.0
+    )
+    shift: float = parameter(
+        0.125, "how far the shifted crop lies off the center", "fraction of the patch side", minimum=0.0, maximum=1.0
+    )
+    cutmix: bool = parameter(True, "whether the second network learns from mixtures of two images")
+    cutmix_share: float = parameter(0.5, "part of the patch that comes from the other image", minimum=0.01, maximum=1.0)
+    cross_entropy_share: float | None = parameter(
+        None,
+        "alpha in alpha CE + (1 - alpha) Dice, the loss on labels; nnU-Net's own (CE + Dice) if null",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+
+class nnUNetTrainerFDPL(SemiSupervisedTrainer):
+    """Two networks of the plan's architecture, each taught by the other's pseudo-labels of two crops."""
+
+    hyperparameters_class: ClassVar[type[HyperParameters]] = FixedDynamicParameters
+    unlabeled_terms: ClassVar[tuple[str, ...]] = ("fixed", "fixed_partner", "dynamic", "dynamic_partner")
+    term_names: ClassVar[tuple[str, ...]] = ("supervised", "supervised_partner", *unlabeled_terms)
+    statistic_names: ClassVar[tuple[str, ...]] = ("agreement", "redecided")
+    uses_unlabeled: ClassVar[bool] = True
+    pseudo_label_loss: nn.Module
+
+    def partner_plans(self) -> dict[str, Any]:
+        """The plans themselves: the second network differs by its initial weights and by what it sees."""
+        return copy.deepcopy(self.plans_manager.plans)
+
+    @property
+    def unlabeled_margin(self) -> tuple[int, ...]:
+        """What the shifted crops need beyond the patch; nothing across the slices of anisotropic patches."""
+        patch_size = self.configuration_manager.patch_size
+        shift = self.hp.shift if self.hp.dynamic_weight > 0 else 0.0
+        fixed_axes = (0,) if self.augments_slice_by_slice else ()
+        return tuple(0 if axis in fixed_axes else round(shift * side) for axis, side in enumerate(patch_size))
+
+    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
+        """Both networks learn from labels, and each from the other's pseudo-labels."""
+        data, target = labeled["data"], labeled["target"]
+        if unlabeled is None or not (self.hp.fixed_weight or self.hp.dynamic_weight):
+            return self._supervised_terms([network(data) for network in self.networks], target)
+
+        margin = self.unlabeled_margin
+        shift = draw_shift(margin, self.generator)
+        center = shifted_crop(unlabeled["data"], margin, [0] * len(margin))
+        shifted = shifted_crop(unlabeled["data"], margin, shift)
+        boxes = None
+        if self.hp.cutmix:
+            boxes = cutmix_boxes(len(center), center.shape[2:], self.hp.cutmix_share, self.generator, center.device)
+        mixed = center if boxes is None else mix(center, self._partners(center, data), boxes)
+
+        # The passes with gradient, the labeled batch and the unlabeled one together.
+        passes = [network(torch.cat([data, images])) for network, images in zip(self.networks, (center, mixed))]
+        on_labels, on_images = zip(*(split_outputs(outputs, len(data)) for outputs in passes))
+        fixed, dynamic = zip(
+            self.pseudo_labels(self.networks[0], on_images[0], None, shifted, shift, target),
+            self.pseudo_labels(
+                self.networks[1], on_images[1], None if boxes is None else center, shifted, shift, target
+            ),
+        )
+        self.statistics["agreement"] = (fixed[0] == fixed[1]).float().mean()
+        self.statistics["redecided"] = torch.stack([(d != f).float().mean() for d, f in zip(dynamic, fixed)]).mean()
+
+        terms = self._supervised_terms(on_labels, target)
+        ramp = gaussian_ramp(self.stage_progress, self.hp.unlabeled_ramp)
+        for name, labels, weight in (
+            ("fixed", fixed, self.hp.fixed_weight),
+            ("dynamic", dynamic, self.hp.dynamic_weight),
+        ):
+            if weight == 0:
+                continue
+            for_second = labels[0] if boxes is None else mix(labels[0], self._partners(labels[0], target), boxes)
+            for student, teaching in (("", labels[1]), ("_partner", for_second)):
+                outputs = on_images[1 if student else 0]
+                value = self.supervised_loss(outputs, teaching, self.pseudo_label_loss)
+                terms[name + student] = LossTerm(value, weight * ramp)
+        return terms
+
+    @torch.no_grad()
+    def pseudo_labels(
+        self,
+        teacher: nn.Module,
+        known: Any,
+        center: Tensor | None,
+        shifted: Tensor,
+        shift: tuple[int, ...],
+        like: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """A network's fixed and dynamic pseudo-labels of the center crop, without gradient.
+
+        Args:
+            teacher: The network.
+            known: Its outputs for the center crop, where they are at hand already.
+            center: The center crop (B, C, *S), where it must be predicted; else None.
+            shifted: The crop that lies off the center by ``shift``.
+            shift: In voxels per axis. At zero, both crops are one.
+            like: nnU-Net's target, whose type and channels the labels get.
+
+        Returns:
+            Two label maps (B, 1, *S), or region channels (B, R, *S).
+        """
+        wanted = ([] if center is None else [center]) + ([shifted] if any(shift) else [])
+        logits = list(full_resolution(teacher(torch.cat(wanted))).split(len(shifted))) if wanted else []
+        if center is None:
+            logits.insert(0, full_resolution(known))
+        labels = [hard_labels(z, like, self.label_manager.has_regions) for z in logits]
+        return labels[0], compose_pseudo_labels(labels[0], labels[-1], shift)
+
+    def _supervised_terms(self, outputs: Any, target: Tensor) -> dict[str, LossTerm]:
+        names = ("supervised", "supervised_partner")
+        return {name: LossTerm(self.supervised_loss(o, target), 1.0) for name, o in zip(names, outputs)}
+
+    @staticmethod
+    def _partners(unlabeled: Tensor, labeled: Tensor) -> Tensor:
+        """What each unlabeled image or label map is mixed with: the next one; a single one with a labeled one."""
+        return unlabeled.roll(1, 0) if len(unlabeled) > 1 else labeled[:1]
+
+    def _build_loss(self) -> nn.Module:
+        loss: nn.Module = super()._build_loss()
+        self.pseudo_label_loss = loss
+        if self.hp.cross_entropy_share is None:
+            return loss
+        weighted: Any = super()._build_loss()
+        parts = weighted.loss if isinstance(weighted, DeepSupervisionWrapper) else weighted
+        parts.weight_ce, parts.weight_dice = self.hp.cross_entropy_share, 1.0 - self.hp.cross_entropy_share
+        return weighted

@@ -1,0 +1,102 @@
+"""Shifted crops, the composition of pseudo-labels from two of them (COM), and CutMix: pure functions on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def draw_shift(margin: Sequence[int], generator: torch.Generator | None = None) -> tuple[int, ...]:
+    """One of the diagonal directions: by the margin or by minus the margin along each axis, in voxels."""
+    device = None if generator is None else generator.device
+    signs = torch.randint(2, (len(margin),), generator=generator, device=device).tolist()
+    return tuple(m if sign else -m for m, sign in zip(margin, signs))
+
+
+def shifted_crop(image: Tensor, margin: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """The crop that is smaller by a margin on every side and lies off the center by a shift; a view.
+
+    Args:
+        image: (B, C, *(S + 2 margin)).
+        margin: Per spatial axis, in voxels.
+        shift: Per spatial axis, in voxels, at most the margin in either direction; zeros for the center crop.
+
+    Returns:
+        (B, C, *S); its voxel q is the center crop's voxel q + shift.
+
+    Raises:
+        ValueError: For a shift that leaves the image.
+    """
+    if any(abs(s) > m for s, m in zip(shift, margin)):
+        raise ValueError(f"A shift of {tuple(shift)} voxels leaves the image, which has margins of {tuple(margin)}.")
+    for axis, (voxels, offset) in enumerate(zip(margin, shift), start=2):
+        image = image.narrow(axis, voxels + offset, image.shape[axis] - 2 * voxels)
+    return image
+
+
+def compose_pseudo_labels(fixed: Tensor, temporary: Tensor, shift: Sequence[int]) -> Tensor:
+    """COM: pseudo-labels of a shifted crop where it overlaps the center crop, and the center crop's own elsewhere.
+
+    Args:
+        fixed: Pseudo-labels of the center crop, (B, C, *S).
+        temporary: Pseudo-labels of the crop shifted by ``shift``, of the same shape.
+        shift: In voxels per spatial axis.
+
+    Returns:
+        The dynamic pseudo-labels in the center crop's frame, (B, C, *S): its voxel q is the temporary label at
+        q - shift where that exists, and the fixed label at q elsewhere.
+    """
+    composed = fixed.clone()
+    target, source = composed, temporary
+    for axis, offset in enumerate(shift, start=2):
+        length = max(fixed.shape[axis] - abs(offset), 0)
+        target = target.narrow(axis, min(max(offset, 0), fixed.shape[axis]), length)
+        source = source.narrow(axis, min(max(-offset, 0), fixed.shape[axis]), length)
+    target.copy_(source)
+    return composed
+
+
+def cutmix_boxes(
+    batch_size: int,
+    spatial_shape: Sequence[int],
+    share: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A random box per image, of any aspect ratio and a fixed share of the volume, up to rounding.
+
+    CutMix for segmentation as in French et al., "Semi-supervised semantic segmentation needs strong, varied
+    perturbations" (BMVC 2020), there in 2D.
+
+    Args:
+        batch_size: B.
+        spatial_shape: S, in voxels.
+        share: Part of the voxels that lies in the box, in (0, 1].
+        generator: Draws on its own device; the default generator of ``device`` if absent.
+        device: Where to put the boxes.
+
+    Returns:
+        Boolean (B, 1, *S), true inside the box.
+    """
+    dims = len(spatial_shape)
+    source = device if generator is None else generator.device
+    numbers = torch.rand((2, batch_size, dims), generator=generator, device=source, dtype=torch.float64).to(device)
+    # The sides' shares multiply to the volume's: its exponent is split at random, uniformly, between the sides that can
+    # be divided.
+    exponents = torch.stack([-torch.log1p(-n) * (side > 1) for n, side in zip(numbers[0].T, spatial_shape)], dim=1)
+    exponents = exponents / exponents.sum(1, keepdim=True).clamp_min(1e-9)
+    boxes = torch.ones((batch_size, 1, *spatial_shape), dtype=torch.bool, device=device)
+    for axis, side in enumerate(spatial_shape):
+        length = (side * share ** exponents[:, axis]).round().clamp(1, side)
+        start = (numbers[1, :, axis] * (side - length + 1)).floor()
+        place = torch.arange(side, device=device)
+        within = (place >= start[:, None]) & (place < (start + length)[:, None])
+        boxes &= within.view(batch_size, 1, *[side if a == axis else 1 for a in range(dims)])
+    return boxes
+
+
+def mix(own: Tensor, partner: Tensor, boxes: Tensor) -> Tensor:
+    """The partner inside the boxes (B, 1, *S), one's own outside; images or labels, (B, C, *S)."""
+    return torch.where(boxes, partner, own)
