@@ -2,8 +2,9 @@
 """Cost of a training step beside the stock trainer's, and of the fields beside batchgeneratorsv2's elastic transform.
 
 Every figure is a ratio of two things measured in turns in one run, on noise that lies ready in memory. "stock" is
-nnUNetTrainer's step on as many samples as both branches process together, with the same network. "floor" is one forward
-and backward pass of each of a trainer's networks on the same batch.
+nnUNetTrainer's step on as many samples as both branches process together, with the same network. "floor" is the passes
+that a trainer with two networks needs: one forward and backward pass of each on the same batch, and for FDPL the
+teachers' passes without gradient.
 
     python scripts/benchmark_step.py [--device cuda] [--only transforms]
 """
@@ -26,14 +27,14 @@ import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC
+from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSemiTC
 from nnunet_ssl.plans import shrink
 from nnunet_ssl.spatial import align_displacements, sample_displacement, solver_grid, warp, without_margin
 
 # Patch, batch (labeled + unlabeled) and the stages nnU-Net plans for such a patch.
 CASES = {"2d 256x256": ((256, 256), 4, 7), "3d 64x64x64": ((64, 64, 64), 2, 5)}
 NUM_LABELS = 4
-TRAINERS = (nnUNetTrainer, nnUNetTrainerSemiTC, nnUNetTrainerDualNet)
+TRAINERS = (nnUNetTrainer, nnUNetTrainerSemiTC, nnUNetTrainerDualNet, nnUNetTrainerFDPL)
 
 
 def make_plans(patch: tuple[int, ...], stages: int) -> dict:
@@ -108,7 +109,8 @@ def make_batches(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> tuple[dict, 
     """A labeled and an unlabeled batch of noise; the second is empty for the stock trainer."""
     data = torch.randn(trainer.batch_size, 1, *patch)
     target = torch.randint(0, NUM_LABELS, (trainer.batch_size, 1, *patch)).to(torch.int16)
-    unlabeled = torch.randn(getattr(trainer, "unlabeled_batch_size", 0), 1, *patch)
+    larger = getattr(trainer, "unlabeled_patch_size", patch)
+    unlabeled = torch.randn(getattr(trainer, "unlabeled_batch_size", 0), 1, *larger)
     return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "keys": []}
 
 
@@ -135,11 +137,16 @@ def make_step(
 
 
 def make_floor(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> Callable[[], object]:
-    """One forward and backward pass of each of a trainer's networks on its whole batch, with nnU-Net's loss."""
-    labeled, unlabeled = make_batches(trainer, patch)
-    data = torch.cat([labeled["data"], unlabeled["data"]]).to(trainer.device)
+    """One forward and backward pass of each of a trainer's networks on its whole batch, with nnU-Net's loss.
+
+    FDPL's networks label unlabeled crops besides: the first one the shifted crop, the second one both.
+    """
+    labeled = make_batches(trainer, patch)[0]["data"]
+    unlabeled = torch.randn(trainer.unlabeled_batch_size, 1, *patch).to(trainer.device)
+    data = torch.cat([labeled.to(trainer.device), unlabeled])
     target = torch.randint(0, NUM_LABELS, data.shape, device=trainer.device).to(torch.int16)
     targets = targets_for_deep_supervision(trainer, target)
+    labeling = [unlabeled, torch.cat([unlabeled] * 2)] if isinstance(trainer, nnUNetTrainerFDPL) else []
 
     def floor() -> None:
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -147,6 +154,9 @@ def make_floor(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> Callable[[], o
             with trainer.autocast():
                 loss = trainer.loss(network(data), targets)
             (loss if trainer.grad_scaler is None else trainer.grad_scaler.scale(loss)).backward()
+        for network, crops in zip(trainer.networks, labeling):
+            with trainer.autocast(), torch.no_grad():
+                network(crops)
 
     return floor
 
@@ -168,7 +178,7 @@ def time_in_turns(functions: list[Callable[[], object]], repetitions: int, devic
 
 
 def compare_steps(device: torch.device, repetitions: int) -> None:
-    """SemiTC beside the stock trainer on as many samples as its branches process, DualNet beside its floor."""
+    """SemiTC beside the stock trainer on as many samples as its branches process, the others beside their floors."""
     for name, (patch, batch, stages) in CASES.items():
         _, stock = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
         _, siamese = make_step(nnUNetTrainerSemiTC, patch, batch, stages, device)
@@ -176,10 +186,12 @@ def compare_steps(device: torch.device, repetitions: int) -> None:
         print(f"step {name}, {2 * batch} samples: stock {reference:.3f} s, SemiTC {ours:.3f} s, ratio "
               f"{ours / reference:.3f}", flush=True)  # fmt: skip
         del stock, siamese
-        trainer, dual = make_step(nnUNetTrainerDualNet, patch, batch, stages, device)
-        reference, ours = time_in_turns([make_floor(trainer, patch), dual], repetitions, device)
-        print(f"step {name}, {batch} samples: floor {reference:.3f} s, DualNet {ours:.3f} s, ratio "
-              f"{ours / reference:.3f}", flush=True)  # fmt: skip
+        for cls in (nnUNetTrainerDualNet, nnUNetTrainerFDPL):
+            trainer, step = make_step(cls, patch, batch, stages, device)
+            reference, ours = time_in_turns([make_floor(trainer, patch), step], repetitions, device)
+            short = cls.__name__.removeprefix("nnUNetTrainer")
+            print(f"step {name}, {batch} samples: floor {reference:.3f} s, {short} {ours:.3f} s, ratio "
+                  f"{ours / reference:.3f}", flush=True)  # fmt: skip
 
 
 def compare_fields(repetitions: int) -> None:
@@ -232,7 +244,7 @@ def peak_memory(case: str, cls_name: str, device: torch.device) -> float:
 
     patch, batch, stages = CASES[case]
     cls = next(c for c in TRAINERS if c.__name__ == cls_name)
-    # SemiTC processes every example twice; the stock trainer and DualNet get as many samples as it has passes.
+    # SemiTC processes every example twice; the other trainers get as many samples as it has passes.
     _, step = make_step(cls, patch, batch if cls is nnUNetTrainerSemiTC else 2 * batch, stages, device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.type == "cuda":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare the trainers on left atria in cardiac MRI, with the ablation of Lu et al. (2025), table 3, at CPU scale.
+"""Compare the trainers on left atria in cardiac MRI, with the ablations of the papers, at CPU scale.
 
 For every fold of nnU-Net's own split, some training cases keep their labels, the rest is unlabeled, and the final
 checkpoint is scored on the fold's validation cases at full resolution: Dice by nnU-Net's own evaluation, the 95th
@@ -29,6 +29,15 @@ ROWS = {
     "ablation": [
         Variant(f"DualNet without {term}", "DualNet", (f"{term}_weight=0",))
         for term in nnUNetTrainerDualNet.unlabeled_terms
+    ],
+    "fdpl": [Variant("FDPL", "FDPL")],
+    "fdpl-ablation": [
+        Variant("FDPL, fixed only", "FDPL", ("dynamic_weight=0",)),
+        Variant("FDPL, dynamic only", "FDPL", ("fixed_weight=0",)),
+        Variant("FDPL without CutMix", "FDPL", ("cutmix=false",)),
+    ],
+    "fdpl-shift": [
+        Variant(f"FDPL, shift {shift}", "FDPL", (f"shift={shift}",)) for shift in (0.0, 0.0625, 0.1875, 0.25, 0.375)
     ],
 }
 

@@ -15,6 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 from PIL import Image
 
 from nnunet_ssl.demo.synthetic import LABELS, Sizes, draw_case, write_dataset
+from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.trainers_folder import trainers_folder
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +92,7 @@ def test_training_leaves_what_nnunet_users_expect(day_2d):
     assert "9 unlabeled cases (6 hidden label, 3 imagesUn)" in log
 
 
-@pytest.mark.parametrize("trainer", ["nnUNetTrainerSupervised", "nnUNetTrainerSupTC", "nnUNetTrainerSemiTCPlus"])
+@pytest.mark.parametrize("trainer", [name for name in (t.__name__ for t in TRAINERS) if name != "nnUNetTrainerSemiTC"])
 def test_the_other_trainers_and_pretrained_weights(day_2d, trainer):
     weights = str(model(day_2d, "nnUNetTrainerSemiTC") / "checkpoint_final.pth")
     train = ("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-tr", trainer, "-device", "cpu")
