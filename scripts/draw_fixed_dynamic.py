@@ -16,7 +16,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
@@ -45,8 +44,8 @@ def load_patches(predictor: nnUNetPredictor, images: list[Path], margin: list[in
     patches = []
     for image in images:
         stem = image.name.removesuffix(f"_0000{dataset['file_ending']}")
-        channels = [str(image.with_name(f"{stem}_{c:04d}{dataset['file_ending']}")) for c in range(
-            len(dataset["channel_names"]))]  # fmt: skip
+        names = [f"{stem}_{c:04d}{dataset['file_ending']}" for c in range(len(dataset["channel_names"]))]
+        channels = [str(image.with_name(name)) for name in names]
         data = preprocessor.run_case(channels, None, predictor.plans_manager, configuration, dataset)[0]
         if len(configuration.patch_size) == 2:
             data = data[:, data.shape[1] // 2]
@@ -107,7 +106,6 @@ def main() -> None:
     show(rows[3][1], "y_f", center[0], fixed[0])
     show(rows[3][2], "mixed with another image", mix(center, center.roll(1, 0), boxes)[0])
     show(rows[3][3], "its labels", mix(center, center.roll(1, 0), boxes)[0], mix(fixed, fixed.roll(1, 0), boxes)[0])
-    figure.suptitle(f"{load_json(str(arguments.model / 'dataset.json')).get('name', arguments.images[0].name)}")
     figure.tight_layout()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=70)
