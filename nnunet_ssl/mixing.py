@@ -75,26 +75,26 @@ def cutmix_boxes(
         spatial_shape: S, in voxels.
         share: Part of the voxels that lies in the box, in (0, 1].
         generator: Draws on its own device; the default generator of ``device`` if absent.
-        device: Where to put the boxes.
+        device: Where to put the boxes; the generator's device if absent.
 
     Returns:
         Boolean (B, 1, *S), true inside the box.
     """
     dims = len(spatial_shape)
     source = device if generator is None else generator.device
-    numbers = torch.rand((2, batch_size, dims), generator=generator, device=source, dtype=torch.float64).to(device)
+    numbers = torch.rand((2, batch_size, dims), generator=generator, device=source)
     # The sides' shares multiply to the volume's: its exponent is split at random, uniformly, between the sides that can
     # be divided.
     exponents = torch.stack([-torch.log1p(-n) * (side > 1) for n, side in zip(numbers[0].T, spatial_shape)], dim=1)
     exponents = exponents / exponents.sum(1, keepdim=True).clamp_min(1e-9)
-    boxes = torch.ones((batch_size, 1, *spatial_shape), dtype=torch.bool, device=device)
+    boxes = torch.ones((batch_size, 1, *spatial_shape), dtype=torch.bool, device=source)
     for axis, side in enumerate(spatial_shape):
         length = (side * share ** exponents[:, axis]).round().clamp(1, side)
         start = (numbers[1, :, axis] * (side - length + 1)).floor()
-        place = torch.arange(side, device=device)
+        place = torch.arange(side, device=source)
         within = (place >= start[:, None]) & (place < (start + length)[:, None])
         boxes &= within.view(batch_size, 1, *[side if a == axis else 1 for a in range(dims)])
-    return boxes
+    return boxes if device is None else boxes.to(device)
 
 
 def mix(own: Tensor, partner: Tensor, boxes: Tensor) -> Tensor:

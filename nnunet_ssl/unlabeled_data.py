@@ -79,7 +79,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         dataset: Image-only view.
         batch_size: B.
         patch_size: Size that is cut out, in voxels, before the transforms.
-        final_patch_size: Size that the transforms return, in voxels.
+        final_patch_size: The network's patch, in voxels. What the transforms return may exceed it by a margin that hangs
+            over the image's border: the middle then lies wherever nnU-Net would put a patch.
         label_manager: Asked for by nnU-Net's loader; no label is ever read.
         transforms: Applied to the image of each example.
         masked_channels: Channels that the plans normalize inside nnU-Net's mask of nonzero voxels. Where there are
@@ -269,7 +270,7 @@ def make_unlabeled_loader(
         UnlabeledDataset(cases),
         trainer.unlabeled_batch_size,
         initial_patch_size(patch_size, rotation, slice_by_slice),
-        patch_size,
+        trainer.configuration_manager.patch_size,
         trainer.label_manager,
         trainer.get_training_transforms(
             patch_size, rotation, None, mirror_axes, slice_by_slice, use_mask_for_norm=masked

@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
@@ -82,6 +83,8 @@ def main() -> None:
     network = predictor.network.eval()
     patch = predictor.configuration_manager.patch_size
     margin = [round(arguments.shift * side) for side in patch]
+    if len(patch) == 3 and max(patch) / patch[0] > ANISO_THRESHOLD:
+        margin[0] = 0
     whole = load_patches(predictor, arguments.images, margin)
     center = shifted_crop(whole, margin, [0] * len(margin))
 

@@ -17,7 +17,7 @@ from torch import multiprocessing
 from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses import log_probabilities, soft_dice_loss
-from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSupervised
+from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSupervised
 from nnunet_ssl.networks import FeatureTap, mean_over_ranks
 from nnunet_ssl.plans import PLAIN, RESIDUAL, with_partner_network
 
@@ -332,15 +332,17 @@ def trained(tiny):
     return tiny, trainer
 
 
-def export(tiny, *words):
-    return main(["export", "-d", tiny.plans["dataset_name"], "-c", "2d", "-tr", "nnUNetTrainerDualNet", *words])
+def export(tiny, *words, trainer="nnUNetTrainerDualNet"):
+    return main(["export", "-d", tiny.plans["dataset_name"], "-c", "2d", "-tr", trainer, *words])
 
 
-def test_stock_nnunet_predicts_with_the_exported_partner(trained, capsys):
-    tiny, trainer = trained
-    assert export(tiny) == 0
+@pytest.mark.parametrize("cls", [nnUNetTrainerDualNet, nnUNetTrainerFDPL])
+def test_stock_nnunet_predicts_with_the_exported_partner(tiny, capsys, cls):
+    trainer = tiny.trainer(cls, num_epochs=1)
+    trainer.run_training()
+    assert export(tiny, trainer=cls.__name__) == 0
     folder = Path(trainer.output_folder).parents[0]
-    target = folder.with_name(folder.name.replace("DualNet", "DualNetPartner"))
+    target = folder.with_name(folder.name.replace(cls.__name__, f"{cls.__name__}Partner"))
     assert str(target) in capsys.readouterr().out
     data = torch.randn(1, 1, *tiny.patch)
     for model, network in ((target, trainer.partner), (folder, trainer.network)):

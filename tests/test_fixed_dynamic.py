@@ -66,9 +66,13 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, cu
     assert trainer.unlabeled_margin == margin
     shift = tuple(m * sign for m, sign in zip(margin, (1, -1, -1)))
     boxes = mixing.cutmix_boxes(2, tiny.patch, 0.5, torch.Generator().manual_seed(1))
-    monkeypatch.setattr(fixed_dynamic, "draw_shift", lambda *_: shift)
-    monkeypatch.setattr(fixed_dynamic, "cutmix_boxes", lambda *_: boxes)
+    drawn = []
+    monkeypatch.setattr(fixed_dynamic, "draw_shift", lambda *a: drawn.append(a) or shift)
+    monkeypatch.setattr(fixed_dynamic, "cutmix_boxes", lambda *a: drawn.append(a) or boxes)
     terms = trainer.loss_terms(labeled, unlabeled)
+    # One shift and one box for images and labels, as the hyper-parameters say.
+    expected = [(margin, trainer.generator), (2, tiny.patch, 0.5, trainer.generator, torch.device("cpu"))]
+    assert drawn == expected[: 1 + cutmix]
 
     whole = unlabeled["data"].numpy()
     center = whole[(..., *[slice(m, m + s) for m, s in zip(margin, tiny.patch)])]
@@ -127,14 +131,13 @@ def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size
     assert not has_gradient(trainer.networks[1 - student])
 
 
-def test_pseudo_labels_carry_no_gradient(tiny):
+def test_pseudo_labels_have_the_form_of_targets(tiny):
     trainer = tiny.initialized(nnUNetTrainerFDPL)
     labeled, unlabeled = tiny.batches(trainer)
     crop = unlabeled["data"][..., 4:36, 4:36]
     outputs = trainer.network(crop)
     assert outputs[0].requires_grad
     for labels in trainer.pseudo_labels(trainer.network, outputs, None, crop, (4, 4), labeled["target"]):
-        assert not labels.requires_grad
         assert labels.dtype == labeled["target"].dtype
         assert labels.shape == (2, 1, *tiny.patch)
 
@@ -253,35 +256,80 @@ def test_ignored_voxels_of_a_labeled_partner_do_not_touch_the_loss(tmp_path, mon
     assert values[0][0] != values[2][0]
 
 
-def test_regions_are_decided_channel_by_channel(tiny):
+@torch.no_grad()
+def test_regions_are_decided_and_composed_channel_by_channel(tiny):
     tiny.dataset_json |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
     trainer = tiny.initialized(nnUNetTrainerFDPL)
     like = torch.zeros(1, 2, *tiny.patch, dtype=torch.bool)
-    logits = torch.randn(1, 2, *tiny.patch)
-    fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, None, torch.zeros(1, 1, *tiny.patch), (0, 0), like)
+    whole = torch.randn(1, 1, 40, 40)
+    center, shifted = whole[..., 4:36, 4:36], whole[..., 8:40, 0:32]
+    logits, moved = (trainer.network(crop)[0] for crop in (center, shifted))
+    fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, None, shifted, (4, -4), like)
     assert torch.equal(fixed, torch.sigmoid(logits) > 0.5)
-    assert torch.equal(fixed, dynamic)
+    expected = (torch.sigmoid(logits) > 0.5).clone()
+    expected[..., 4:, :-4] = (torch.sigmoid(moved) > 0.5)[..., :-4, 4:]
+    assert torch.equal(dynamic, expected)
+    assert (dynamic != fixed).any()
 
 
-def test_patches_of_images_smaller_than_patch_and_margin_are_padded_and_never_wrapped(tiny):
-    """An image of its own column numbers: each row of a crop counts up by one, or shows the padding's zero."""
-    side = 20
-    image = (torch.arange(side).float() + 1).expand(1, 1, side, side).contiguous().numpy()
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+@pytest.mark.parametrize("larger", [-5, 0, 3, 40])
+def test_crops_show_what_nnunets_patches_show_and_padding_never_wraps(tmp_path, patch, larger):
+    """Images of their own coordinates, smaller and larger than the patch: every voxel tells where it is."""
+    tiny = TinyDataset(tmp_path, PATCHES[patch], channels=len(PATCHES[patch]))
+    shape = tuple(max(2, side + larger) for side in tiny.patch)
+    axes = torch.meshgrid(*[torch.arange(side) + 1.0 for side in shape], indexing="ij")
+    image = torch.stack(axes).view(len(shape), *(() if len(shape) == 3 else (1,)), *shape).numpy()
     tiny._write_blosc(Path(f"{tiny.folder}_unlabeled") / "un_0.b2nd", image)
     trainer = tiny.initialized(nnUNetTrainerFDPL)
-    cases = [c for c in trainer.find_unlabeled_cases() if c.identifier == "un_0"]
-    size = trainer.unlabeled_patch_size
-    assert size == (40, 40)
-    loader = UnlabeledDataLoader(UnlabeledDataset(cases), 2, size, size, trainer.label_manager)
-    for _ in range(5):
+    dataset = UnlabeledDataset([c for c in trainer.find_unlabeled_cases() if c.identifier == "un_0"])
+    margin, sizes = trainer.unlabeled_margin, trainer.unlabeled_patch_size
+    loader = UnlabeledDataLoader(dataset, 1, sizes, tiny.patch, trainer.label_manager)
+    stock = UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, trainer.label_manager)
+    starts, stock_starts = set(), set()
+    for _ in range(60):
         data = loader.generate_train_batch()["data"]
-        assert data.shape == (2, 1, 40, 40)
-        for shift in ((0, 0), (4, -4), (-4, 4)):
-            for row in mixing.shifted_crop(data, (4, 4), shift).reshape(-1, 32):
-                shown = row.nonzero()[:, 0]
-                if len(shown):
-                    assert torch.equal(shown, torch.arange(shown[0], shown[-1] + 1))
-                    assert torch.equal(row[shown].diff(), torch.ones(len(shown) - 1))
+        center = mixing.shifted_crop(data, margin, [0] * len(margin))[0]
+        origin = origin_of(center)
+        starts.add(origin[-1])
+        stock_starts.add(origin_of(stock.generate_train_batch()["data"][0])[-1])
+        shift = mixing.draw_shift(margin)
+        crop = mixing.shifted_crop(data, margin, shift)[0]
+        for start, shown in ((origin, center), (tuple(o + s for o, s in zip(origin, shift)), crop)):
+            places = torch.stack(
+                torch.meshgrid(*[torch.arange(s) + o for s, o in zip(tiny.patch, start)], indexing="ij")
+            )
+            sides = torch.tensor(shape).view(-1, *[1] * len(shape))
+            inside = ((places >= 0) & (places < sides)).all(0)
+            assert torch.equal(shown, torch.where(inside, places + 1, 0).float())
+    # The center crop lies where nnU-Net would put it, up to the border.
+    if larger < 10:
+        assert starts == stock_starts
+    else:
+        assert min(starts) < 6
+        assert max(starts) > larger - 6
+
+
+def origin_of(crop: torch.Tensor) -> tuple[int, ...]:
+    """Where a crop of an image of coordinates starts in it, from any voxel that is not padding."""
+    place = crop[0].nonzero()[0].tolist()
+    return tuple(int(crop[(axis, *place)]) - 1 - q for axis, q in enumerate(place))
+
+
+def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkeypatch):
+    from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+
+    from nnunet_ssl import unlabeled_data
+
+    made = []
+    monkeypatch.setattr(unlabeled_data, "in_background_workers", lambda loader, pin_memory: made.append(loader))
+    trainer = tiny.initialized(nnUNetTrainerFDPL, rotation_degrees=15)
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    unlabeled_data.make_unlabeled_loader(trainer, trainer.find_unlabeled_cases(), trainer._augmentation)
+    angles = [(-np.pi / 12, np.pi / 12)] * 3
+    assert tuple(made[0].patch_size[1:]) == tuple(get_patch_size((40, 40), *angles, (0.85, 1.25)))
+    assert tuple(made[0].final_patch_size[1:]) == tiny.patch
+    assert made[0].generate_train_batch()["data"].shape == (2, 1, 40, 40)
 
 
 def test_the_log_tells_terms_and_statistics(tiny):

@@ -4,8 +4,9 @@ Kumari, Singh: "Leveraging fixed and dynamic pseudo-labels for semi-supervised m
 arXiv:2405.07256 (2024).
 
 Departures from the paper: nnU-Net's loss with deep supervision on pseudo-labels too, optimizer and augmentation; any
-number of classes, and regions; shifted crops in 3D have a random direction per axis; the paper names neither the weight
-of the pseudo-labels nor the shift, both were tuned.
+number of classes, and regions; shifted crops in 3D have a random direction per axis, and show zeros where they leave
+the image; a single unlabeled image per batch is mixed with a labeled one, whose labels then count inside the box. The
+summary at hand names neither weight, ramp nor shift: weights of 1 with a Gaussian ramp, an eighth of the side.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class FixedDynamicParameters(HyperParameters):
     )
     fixed_weight: float = parameter(1.0, "weight of the fixed pseudo-labels; 0 for dynamic ones alone", minimum=0.0)
     dynamic_weight: float = parameter(
-        1.0, "weight of the dynamic pseudo-labels; 0 for fixed ones alone (cross pseudo supervision)", minimum=0.0
+        1.0,
+        "weight of the dynamic pseudo-labels; 0 for fixed ones alone: cross pseudo supervision, if cutmix is off too",
+        minimum=0.0,
     )
     shift: float = parameter(
         0.125, "how far the shifted crop lies off the center", "fraction of the patch side", minimum=0.0, maximum=1.0
@@ -91,7 +94,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
             boxes = cutmix_boxes(len(center), center.shape[2:], self.hp.cutmix_share, self.generator, center.device)
         mixed = center if boxes is None else mix(center, self._partners(center, data), boxes)
 
-        # The passes with gradient, the labeled batch and the unlabeled one together.
+        # The passes with gradient, the labeled batch and the unlabeled one together. They come before those without:
+        # autocast would keep the copies of weights that the latter make, and these lead to no gradient.
         passes = [network(torch.cat([data, images])) for network, images in zip(self.networks, (center, mixed))]
         on_labels, on_images = zip(*(split_outputs(outputs, len(data)) for outputs in passes))
         fixed, dynamic = zip(
@@ -154,7 +158,7 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
 
     @staticmethod
     def _partners(unlabeled: Tensor, labeled: Tensor) -> Tensor:
-        """What each unlabeled image or label map is mixed with: the next one; a single one with a labeled one."""
+        """What each unlabeled image or label map is mixed with: another one; a single one with a labeled one."""
         return unlabeled.roll(1, 0) if len(unlabeled) > 1 else labeled[:1]
 
     def _build_loss(self) -> nn.Module:
