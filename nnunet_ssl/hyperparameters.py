@@ -56,7 +56,9 @@ class HyperParameters:
     rotation_degrees: float | None = parameter(
         None, "largest rotation in augmentation; nnU-Net's own choice if null", "degrees", minimum=0.0, maximum=180.0
     )
-    cpu_bfloat16: bool = parameter(False, "train with bfloat16 autocast when on the CPU")
+    cpu_bfloat16: bool = parameter(
+        False, "train with bfloat16 autocast when on the CPU: faster where the CPU has such arithmetic, else far slower"
+    )
     seed: int | None = parameter(
         None,
         "seed of initial weights, transforms and single-process data loading (nnUNet_n_proc_DA=0); random if null",

@@ -31,6 +31,7 @@ from nnunet_ssl.hyperparameters import HyperParameters
 from nnunet_ssl.losses import downsample_target
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
 from nnunet_ssl.optimization import LossTerm, backward_and_step, weighted_sum
+from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.schedules import RestartingPolyLRScheduler, first_epoch_of_second_stage
 from nnunet_ssl.term_logger import TermLogger
@@ -100,6 +101,8 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         self._iterations_done_in_epoch = 0
         self._state_to_restore: dict[str, Any] | None = None
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
+        if self.hp.cpu_bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
+            self.print_to_log_file("WARNING: this CPU emulates bfloat16; cpu_bfloat16=false trains much faster.")
 
     # ---- what a method implements ---------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         dataset: Image-only view.
         batch_size: B.
         patch_size: Size that is cut out, in voxels, before the transforms.
-        final_patch_size: The network's patch, in voxels. What the transforms return may exceed it by a margin that hangs
+        final_patch_size: The patch of the network, in voxels. What transforms return may exceed it by margins that hang
             over the image's border: the middle then lies wherever nnU-Net would put a patch.
         label_manager: Asked for by nnU-Net's loader; no label is ever read.
         transforms: Applied to the image of each example.

@@ -15,6 +15,7 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_ssl.demo.commands import Commands
+from nnunet_ssl.precision import cpu_has_bfloat16
 
 _SMALL = "nnUNetPlansSmall"
 
@@ -104,7 +105,8 @@ class Experiment:
             SystemExit: Where a finished run had other settings than those asked for.
         """
         budget = [f"num_epochs={self.arguments.epochs}", f"num_iterations_per_epoch={self.arguments.iterations}"]
-        common = [*budget, "num_val_iterations_per_epoch=1", "cpu_bfloat16=true"]
+        precision = f"cpu_bfloat16={str(cpu_has_bfloat16()).lower()}"
+        common = [*budget, "num_val_iterations_per_epoch=1", precision]
         chosen = [*common, *self.arguments.settings, *settings, *variant.settings]
         pairs = [word for setting in chosen for word in ("--set", setting)]
         network = ["-c", self.configuration, "--partner-network"] if variant.partner_network else []

@@ -150,6 +150,15 @@ def test_bfloat16_on_the_cpu_is_off_by_default(tiny):
         assert outputs[0].dtype == expected
 
 
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_on_a_cpu_without_it_is_warned_about(tiny, monkeypatch, asked, has):
+    monkeypatch.setattr("nnunet_ssl.trainer.cpu_has_bfloat16", lambda: has)
+    trainer = tiny.trainer(TRAINERS[0], cpu_bfloat16=asked)
+    (log,) = Path(trainer.output_folder).glob("training_log*")
+    assert ("this CPU emulates bfloat16" in log.read_text()) == (asked and not has)
+
+
 def test_cascades_are_refused_before_anything_is_written(tiny):
     tiny.plans["configurations"]["2d"]["previous_stage"] = "2d"
     with pytest.raises(UserError, match="cascade needs the previous stage's segmentation of every unlabeled case"):

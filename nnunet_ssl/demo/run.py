@@ -15,6 +15,7 @@ from nnunet_ssl.demo.synthetic import Sizes, write_dataset
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.label_names import labels_that_name_sides
 from nnunet_ssl.nnunet_folders import read_json
+from nnunet_ssl.precision import cpu_has_bfloat16
 
 BASELINE = "nnUNetTrainerSupervised"
 METHOD = "nnUNetTrainerSemiTC"
@@ -107,12 +108,12 @@ def _plan(
         "num_epochs": budget.epochs,
         "num_iterations_per_epoch": budget.iterations,
         "num_val_iterations_per_epoch": 2,
-        "cpu_bfloat16": "true",
+        "cpu_bfloat16": str(cpu_has_bfloat16()).lower(),
         "seed": 0,
         **({"mirror_axes": "[]", "rotation_degrees": 15} if upright else {}),
     }
     pairs = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    features = ["--base-features", "16", "--max-features", "128"]
+    features = ["--base-features", "8", "--max-features", "64"]
     commands.run("nnunet-ssl", "configure", "-d", number, "-o", PLANS, "-c", configuration, *sizes, *features, *pairs)
     commands.run("nnUNetv2_preprocess", "-d", number, "-c", configuration, "-plans_name", PLANS, "-np", "2")
     return configuration
