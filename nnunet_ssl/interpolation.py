@@ -64,8 +64,7 @@ def _look_up_in_volume(image: Tensor, positions: Sequence[Tensor], mode: str) ->
 
 def _take_nearest(volume: Tensor, places: Sequence[Tensor], sides: Sequence[int], target: Tensor) -> None:
     index = _flat_index([p.clamp(0, side - 1).round_() for p, side in zip(places, sides)], sides)
-    for channel, row in zip(volume, target):
-        torch.index_select(channel, 0, index, out=row)
+    torch.index_select(volume, 1, index, out=target)
 
 
 def _take_linear(volume: Tensor, places: Sequence[Tensor], sides: Sequence[int], target: Tensor) -> None:
@@ -76,11 +75,10 @@ def _take_linear(volume: Tensor, places: Sequence[Tensor], sides: Sequence[int],
     # An axis of one voxel has no upper neighbor, and a fraction of 0.
     steps = [math.prod(sides[axis + 1 :]) if side > 1 else 0 for axis, side in enumerate(sides)]
     corners = [sum(corner) for corner in product(*((0, step) for step in steps))]
-    for channel, row in zip(volume, target):
-        values = [channel[corner:].index_select(0, index) for corner in corners]
-        for fraction in reversed(fractions):
-            values = [low.lerp_(high, fraction) for low, high in zip(values[::2], values[1::2])]
-        row.copy_(values[0])
+    values = [volume.index_select(1, index + corner) for corner in corners]
+    for fraction in reversed(fractions):
+        values = [low.lerp_(high, fraction) for low, high in zip(values[::2], values[1::2])]
+    target.copy_(values[0])
 
 
 def _flat_index(places: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
