@@ -119,6 +119,16 @@ def test_alpha_weighs_the_loss_on_labels_and_not_the_one_on_pseudo_labels(tiny, 
         assert torch.equal(terms[name].value, reference[name].value)
 
 
+def test_cross_entropy_alone_of_a_batch_without_annotated_voxels_can_be_trained(tiny):
+    tiny.dataset_json["labels"]["ignore"] = 3
+    trainer = tiny.initialized(nnUNetTrainerFDPL, cross_entropy_share=1.0, fixed_weight=0.0, dynamic_weight=0.0)
+    labeled, unlabeled = tiny.batches(trainer)
+    trainer.dataloader_unlabeled = iter([unlabeled])
+    output = trainer.train_step({**labeled, "target": torch.full_like(labeled["target"], 3)})
+    assert np.isfinite(output["loss"])
+    assert all(torch.isfinite(p).all() for network in trainer.networks for p in network.parameters())
+
+
 @pytest.mark.parametrize("batch_size", [2, 4])
 @pytest.mark.parametrize("term", TERMS)
 def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size):

@@ -27,6 +27,8 @@ from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.schedules import gaussian_ramp
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 
+_SMALLEST_WEIGHT = 1e-9
+
 
 @dataclasses.dataclass(frozen=True)
 class FixedDynamicParameters(HyperParameters):
@@ -168,5 +170,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
             return loss
         weighted: Any = super()._build_loss()
         parts = weighted.loss if isinstance(weighted, DeepSupervisionWrapper) else weighted
-        parts.weight_ce, parts.weight_dice = self.hp.cross_entropy_share, 1.0 - self.hp.cross_entropy_share
+        alpha = self.hp.cross_entropy_share
+        # Not 0: nnU-Net leaves a part of weight 0 out, and where no voxel is annotated the cross-entropy too; a loss
+        # without any part has no gradient.
+        parts.weight_ce, parts.weight_dice = alpha, max(1.0 - alpha, _SMALLEST_WEIGHT)
         return weighted
