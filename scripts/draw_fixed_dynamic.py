@@ -111,7 +111,7 @@ def main() -> None:
     show(rows[3][3], "its labels", mix(center, center.roll(1, 0), boxes)[0], mix(fixed, fixed.roll(1, 0), boxes)[0])
     figure.tight_layout()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.out, dpi=70)
+    figure.savefig(arguments.out, dpi=50)
     print(f"Written to {arguments.out}")
 
 

@@ -30,7 +30,7 @@ NUM_SHOWN = 3
 class Budget:
     """How long and with what to train."""
 
-    epochs: int = 14
+    epochs: int = 16
     iterations: int = 50
     device: str = "cpu"
 
