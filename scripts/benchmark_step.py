@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -161,37 +163,70 @@ def make_floor(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> Callable[[], o
     return floor
 
 
-def time_in_turns(functions: list[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
-    """Median seconds of each function; they take turns, so that a busy machine slows all of them alike."""
-    times: list[list[float]] = [[] for _ in functions]
-    for repetition in range(repetitions + 2):
-        for function, seconds in zip(functions, times):
+def time_in_turns(functions: list[Callable[[], object]], repetitions: int, device: torch.device) -> np.ndarray:
+    """Seconds (repetitions, functions). They take turns, forth and back: a busy machine slows all of them alike."""
+    times = np.empty((repetitions + 2, len(functions)))
+    for repetition in range(len(times)):
+        order = range(len(functions)) if repetition % 2 else reversed(range(len(functions)))
+        for i in order:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            function()
+            functions[i]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if repetition >= 2:  # the first two warm up
-                seconds.append(time.perf_counter() - start)
-    return [median(seconds) for seconds in times]
+            times[repetition, i] = time.perf_counter() - start
+    return times[2:]  # the first two warm up
+
+
+def keep_memory() -> None:
+    """Let this process keep what it frees, as PyTorch does on CUDA.
+
+    Else glibc returns every large tensor to the kernel at once, and how long that takes varies by a tenth of a step
+    from one step to the next.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_max = -1, -4
+        library.mallopt(m_mmap_max, 0)
+        library.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def compare_steps(device: torch.device, repetitions: int) -> None:
-    """SemiTC beside the stock trainer on as many samples as its branches process, the others beside their floors."""
+    """SemiTC beside the stock trainer on as many samples as its branches process, the others beside their floors.
+
+    The stock trainer beside itself says how much of a ratio is noise.
+    """
+    keep_memory()
     for name, (patch, batch, stages) in CASES.items():
         _, stock = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
+        _, again = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
         _, siamese = make_step(nnUNetTrainerSemiTC, patch, batch, stages, device)
-        reference, ours = time_in_turns([stock, siamese], repetitions, device)
-        print(f"step {name}, {2 * batch} samples: stock {reference:.3f} s, SemiTC {ours:.3f} s, ratio "
-              f"{ours / reference:.3f}", flush=True)  # fmt: skip
-        del stock, siamese
+        times = time_in_turns([stock, again, siamese], repetitions, device)
+        title = f"step {name}, {2 * batch} samples"
+        print_ratio(title, times[:, [0, 1]], "stock", "stock again")
+        print_ratio(title, times[:, [0, 2]], "stock", "SemiTC")
+        del stock, again, siamese
         for cls in (nnUNetTrainerDualNet, nnUNetTrainerFDPL):
             trainer, step = make_step(cls, patch, batch, stages, device)
-            reference, ours = time_in_turns([make_floor(trainer, patch), step], repetitions, device)
-            short = cls.__name__.removeprefix("nnUNetTrainer")
-            print(f"step {name}, {batch} samples: floor {reference:.3f} s, {short} {ours:.3f} s, ratio "
-                  f"{ours / reference:.3f}", flush=True)  # fmt: skip
+            times = time_in_turns([make_floor(trainer, patch), step], repetitions, device)
+            print_ratio(f"step {name}, {batch} samples", times, "floor", cls.__name__.removeprefix("nnUNetTrainer"))
+            del trainer, step
+
+
+def print_ratio(title: str, times: np.ndarray, reference: str, name: str) -> None:
+    """Median seconds, and the ratio of medians with the quartiles of the single turns' ratios.
+
+    Args:
+        title: Of the comparison.
+        times: Seconds (repetitions, 2), of the reference and of what is compared.
+        reference: Name of the first.
+        name: Of the second.
+    """
+    seconds = np.median(times, axis=0)
+    low, high = np.percentile(times[:, 1] / times[:, 0], [25, 75])
+    print(f"{title}: {reference} {seconds[0]:.3f} s, {name} {seconds[1]:.3f} s, ratio {seconds[1] / seconds[0]:.3f} "
+          f"(turns {low:.2f} to {high:.2f})", flush=True)  # fmt: skip
 
 
 def compare_fields(repetitions: int) -> None:
@@ -207,7 +242,7 @@ def compare_fields(repetitions: int) -> None:
             ("image and labels", {"image": image, "segmentation": labels}),
         ):
             functions = [make_stock_transforms(patch, arrays), make_transforms(patch, arrays)]
-            reference, seconds = time_in_turns(functions, repetitions, torch.device("cpu"))
+            reference, seconds = np.median(time_in_turns(functions, repetitions, torch.device("cpu")), axis=0)
             print(
                 f"transforms {name}, {what}, pair of branches, 1 core: batchgeneratorsv2 (no inverse) "
                 f"{1e3 * reference:.0f} ms, ours with alignment {1e3 * seconds:.0f} ms, "
