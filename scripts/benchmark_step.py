@@ -215,7 +215,7 @@ def compare_steps(device: torch.device, repetitions: int) -> None:
 
 
 def print_ratio(title: str, times: np.ndarray, reference: str, name: str) -> None:
-    """Median seconds, and the ratio of medians with the quartiles of the single turns' ratios.
+    """Median seconds, and median and quartiles of the single turns' ratios.
 
     Args:
         title: Of the comparison.
@@ -224,9 +224,9 @@ def print_ratio(title: str, times: np.ndarray, reference: str, name: str) -> Non
         name: Of the second.
     """
     seconds = np.median(times, axis=0)
-    low, high = np.percentile(times[:, 1] / times[:, 0], [25, 75])
-    print(f"{title}: {reference} {seconds[0]:.3f} s, {name} {seconds[1]:.3f} s, ratio {seconds[1] / seconds[0]:.3f} "
-          f"(turns {low:.2f} to {high:.2f})", flush=True)  # fmt: skip
+    low, ratio, high = np.percentile(times[:, 1] / times[:, 0], [25, 50, 75])
+    print(f"{title}: {reference} {seconds[0]:.3f} s, {name} {seconds[1]:.3f} s, ratio {ratio:.3f} "
+          f"({low:.2f} to {high:.2f})", flush=True)  # fmt: skip
 
 
 def compare_fields(repetitions: int) -> None:
