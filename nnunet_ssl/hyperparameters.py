@@ -43,6 +43,9 @@ class HyperParameters:
     initial_lr: float = parameter(1e-2, "learning rate at the start of each stage", minimum=0.0)
     weight_decay: float = parameter(3e-5, "weight decay of the optimizer", minimum=0.0)
     save_every: int = parameter(50, "how often checkpoint_latest.pth is written", "epochs", minimum=1)
+    picture_every: int = parameter(
+        50, "how often a picture of two unlabeled cases is written; 0 for never", "epochs", minimum=0
+    )
     oversample_foreground_percent: float = parameter(
         0.33, "fraction of each labeled batch that is centered on a structure", minimum=0.0, maximum=1.0
     )

@@ -137,6 +137,11 @@ def hard_labels(logits: Tensor, like: Tensor, has_regions: bool) -> Tensor:
     return torch.cat([regions, regions.new_zeros(len(regions), further, *regions.shape[2:])], 1) if further else regions
 
 
+def label_map(logits: Tensor, has_regions: bool) -> Tensor:
+    """Labels (B, *S) of logits (B, K, *S), to be looked at; of regions, how many hold at a voxel."""
+    return (logits > 0).sum(1) if has_regions else logits.argmax(1)
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """Shannon entropy in nats, the mean over groups: (B, G, K, *S) to (B, *S)."""
     return -(log_p.exp() * log_p).sum(2).mean(1)

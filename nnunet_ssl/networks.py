@@ -94,6 +94,16 @@ def full_resolution(outputs: Any) -> Tensor:
     return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
 
 
+def quiet_pass(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits (B, K, *S) of a network in evaluation mode, without its wrappers: nothing of a training changes."""
+    inner = bare(network)
+    was_training = inner.training
+    inner.eval()
+    logits = full_resolution(inner(images))
+    inner.train(was_training)
+    return logits
+
+
 def split_outputs(outputs: Any, size: int) -> tuple[Any, Any]:
     """What a network returns for a batch, in the same form for its first ``size`` examples and for the others."""
     if isinstance(outputs, (list, tuple)):

@@ -1,7 +1,8 @@
-"""nnU-Net's local logger with one more curve per loss term."""
+"""nnU-Net's local logger with one more curve per loss term, weight and statistic."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -15,27 +16,54 @@ from nnunet_ssl.files import replace_atomically
 
 
 class TermLogger(LocalLogger):
-    """Knows a key per loss term and draws them below nnU-Net's panels in progress.png.
+    """Knows a key per loss term, weight and statistic, and draws them below nnU-Net's panels in progress.png.
 
     Args:
         term_names: As the trainer declares them.
-        statistic_names: Likewise; they are drawn in a panel of their own.
+        weighted_terms: Those whose weights follow a schedule.
+        step_statistics: What the trainer tells about every step.
+        epoch_statistics: What it tells once per epoch.
     """
 
-    def __init__(self, term_names: Sequence[str], statistic_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        term_names: Sequence[str],
+        weighted_terms: Sequence[str] = (),
+        step_statistics: Sequence[str] = (),
+        epoch_statistics: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.term_names = tuple(term_names)
-        self.statistic_names = tuple(statistic_names)
-        for name in (*self.term_names, *self.statistic_names):
-            self.my_fantastic_logging[self.key(name)] = []
+        self.panels = {
+            "loss term": tuple(term_names),
+            "weight": tuple(self.weight(name) for name in weighted_terms),
+            "statistic": (*step_statistics, *epoch_statistics),
+        }
+        # What a step gives, in this order.
+        self.step_names = (*self.panels["loss term"], *self.panels["weight"], *step_statistics)
+        for names in self.panels.values():
+            self.my_fantastic_logging.update({self.key(name): [] for name in names})
 
     @staticmethod
-    def key(term_name: str) -> str:
-        """The logger's key of a term or statistic."""
-        return f"ssl_{term_name}"
+    def key(name: str) -> str:
+        """The logger's key of a loss term, weight or statistic."""
+        return f"ssl_{name}"
+
+    @staticmethod
+    def weight(term_name: str) -> str:
+        """The name of a loss term's weight."""
+        return f"weight_{term_name}"
+
+    def lines(self) -> list[str]:
+        """What the log says of the epoch that has just ended; nothing of what was not computed in it."""
+        said = []
+        for title, names in self.panels.items():
+            values = [(name, self.my_fantastic_logging[self.key(name)][-1]) for name in names]
+            text = ", ".join(f"{name} {value:.4f}" for name, value in values if not math.isnan(value))
+            said += [f"{title}s: {text}"] if text else []
+        return said
 
     def plot_progress_png(self, output_folder: str) -> None:
-        """Draw progress.png: nnU-Net's panels, then loss terms and statistics by epoch."""
+        """Draw progress.png: nnU-Net's panels, then loss terms, weights and statistics by epoch."""
         super().plot_progress_png(output_folder)
         file = os.path.join(output_folder, "progress.png")
         with Image.open(file) as image:
@@ -46,8 +74,7 @@ class TermLogger(LocalLogger):
 
     def _draw_terms(self, width: int) -> np.ndarray:
         dpi = 100
-        panels = {"loss term": self.term_names, "statistic": self.statistic_names}
-        drawn = {title: names for title, names in panels.items() if names}
+        drawn = {title: names for title, names in self.panels.items() if names}
         figure = Figure(figsize=(width / dpi, width / dpi * 0.6 * len(drawn)), dpi=dpi)
         canvas = FigureCanvasAgg(figure)
         for axes, (title, names) in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn.items()):

@@ -7,16 +7,13 @@ A method derives from it, names its hyper-parameters and loss terms, and impleme
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -27,13 +24,14 @@ from torch.optim import Optimizer
 from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.hyperparameters import HyperParameters
-from nnunet_ssl.losses import downsample_target
-from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
-from nnunet_ssl.optimization import LossTerm, backward_and_step, weighted_sum
+from nnunet_ssl.method import Method
+from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
+from nnunet_ssl.networks import bare, build_partner, mean_over_ranks, set_deep_supervision
+from nnunet_ssl.optimization import backward_and_step, weighted_sum
 from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
-from nnunet_ssl.schedules import RestartingPolyLRScheduler, first_epoch_of_second_stage
+from nnunet_ssl.run_record import note_validation, write_record
+from nnunet_ssl.schedules import RestartingPolyLRScheduler
 from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.unlabeled_data import (
@@ -42,30 +40,30 @@ from nnunet_ssl.unlabeled_data import (
     find_unlabeled_cases,
     hidden_cases,
     make_unlabeled_loader,
+    share_batch,
 )
 
+# Hyper-parameters that nnU-Net's trainer holds as attributes of the same name.
+_NNUNETS_OWN = (
+    *("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr", "weight_decay"),
+    *("save_every", "oversample_foreground_percent"),
+)
+_FINAL = "checkpoint_final.pth"
 
-class SemiSupervisedTrainer(nnUNetTrainer, ABC):
+
+class SemiSupervisedTrainer(Method, nnUNetTrainer):
     """nnU-Net's trainer with a second loader, for cases without labels, and with named loss terms.
 
     The total batch is the plan's, shared between labeled and unlabeled examples in stage 2; a plan's batch of 1
     becomes 1 + 1. Training may run in two stages: labels alone first, then everything, with the learning rate
     restarted at the switch.
 
-    A method sets ``hyperparameters_class``; ``term_names``, the loss terms it returns, in the order of the log;
-    ``unlabeled_terms``, those that need more than labels; ``statistic_names``, what else it tells about a step;
-    ``uses_unlabeled``, whether it needs the second loader; ``transductive``, whether it learns from validation and test
-    images too. A method with a second network implements ``partner_plans``; the network is then trained by the same
-    optimizer, saved, resumed and exported.
+    What a method adds is declared by ``Method``. A second network is trained by the same optimizer, saved, resumed and
+    exported.
     """
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = HyperParameters
-    term_names: ClassVar[tuple[str, ...]] = ("supervised",)
-    unlabeled_terms: ClassVar[tuple[str, ...]] = ()
-    statistic_names: ClassVar[tuple[str, ...]] = ()
-    uses_unlabeled: ClassVar[bool] = False
-    transductive: ClassVar[bool] = False
     batch_size: int
+    oversample_foreground_percent: float
 
     def __init__(
         self,
@@ -85,90 +83,24 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
                 f"segmentation of every unlabeled case. Train 2d, 3d_lowres or 3d_fullres."
             )
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = self.hp.num_epochs
-        self.num_iterations_per_epoch = self.hp.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = self.hp.num_val_iterations_per_epoch
-        self.initial_lr = self.hp.initial_lr
-        self.weight_decay = self.hp.weight_decay
-        self.save_every = self.hp.save_every
-        self.oversample_foreground_percent = self.hp.oversample_foreground_percent
-        self.logger.local_logger = TermLogger(self.term_names, self.statistic_names)
+        for name in _NNUNETS_OWN:
+            setattr(self, name, getattr(self.hp, name))
+        self.logger.local_logger = TermLogger(
+            self.term_names, self.unlabeled_terms, self.statistic_names, (STABILITY,) if self.uses_unlabeled else ()
+        )
         self.partner: nn.Module | None = None
         self.statistics: dict[str, Tensor | float] = {}
         self.unlabeled_batch_size = 0
         self.dataloader_unlabeled: Iterator[dict[str, Any]] | None = None
+        self.monitor: Monitor | None = None
+        self._unlabeled_cases: list[UnlabeledCase] = []
+        self._weights_file = _FINAL
         self.generator = torch.Generator()
         self._iterations_done_in_epoch = 0
         self._state_to_restore: dict[str, Any] | None = None
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
         if self.hp.cpu_bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
             self.print_to_log_file("WARNING: this CPU emulates bfloat16; cpu_bfloat16=false trains much faster.")
-
-    # ---- what a method implements ---------------------------------------------------------------------------------
-
-    @abstractmethod
-    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
-        """Turn the two batches into named loss terms.
-
-        Called under autocast, once per step.
-
-        Args:
-            labeled: ``data`` (B_l, C, *S) and ``target`` at full resolution, (B_l, 1, *S) or region channels, both on
-                the device, and ``keys``.
-            unlabeled: ``data`` (B_u, C, *(S + 2 unlabeled_margin)) on the device, and ``keys``; None in stage 1 and for
-                methods without it.
-
-        Returns:
-            A term per name of ``term_names``; one that is not computed in this stage may be left out. What
-            ``statistic_names`` announces goes into ``self.statistics``, numbers or scalar tensors.
-        """
-
-    def partner_plans(self) -> dict[str, Any] | None:
-        """Plans whose network is the method's second network; None for methods with one network."""
-        return None
-
-    def after_step(self) -> None:
-        """Called after every optimizer step, for what follows the weights (averages, roles)."""
-
-    # ---- state of the training ------------------------------------------------------------------------------------
-
-    @property
-    def switch_epoch(self) -> int:
-        """The epoch at which stage 2 starts; methods without stages stay in stage 1's schedule throughout."""
-        return first_epoch_of_second_stage(self.num_epochs, getattr(self.hp, "supervised_fraction", 0.0))
-
-    @property
-    def in_second_stage(self) -> bool:
-        """Whether the semi-supervised terms are on."""
-        return self.current_epoch >= self.switch_epoch
-
-    @property
-    def stage_progress(self) -> float:
-        """Fraction of the current stage that is done, in [0, 1); 0 in a stage without epochs."""
-        first, last = (self.switch_epoch, self.num_epochs) if self.in_second_stage else (0, self.switch_epoch)
-        done = (self.current_epoch - first) * self.num_iterations_per_epoch + self._iterations_done_in_epoch
-        return done / max(1, (last - first) * self.num_iterations_per_epoch)
-
-    @property
-    def augments_slice_by_slice(self) -> bool:
-        """Whether the patch is so anisotropic that nnU-Net augments its slices (axis 0) as 2D images."""
-        patch_size = self.configuration_manager.patch_size
-        return len(patch_size) == 3 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
-
-    @property
-    def unlabeled_margin(self) -> tuple[int, ...]:
-        """By how many voxels per axis and side an unlabeled patch exceeds the network's; a method may ask for some."""
-        return (0,) * len(self.configuration_manager.patch_size)
-
-    @property
-    def unlabeled_patch_size(self) -> tuple[int, ...]:
-        """What the unlabeled loader gives, in voxels per axis."""
-        return tuple(side + 2 * m for side, m in zip(self.configuration_manager.patch_size, self.unlabeled_margin))
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The plan's network, and the partner where there is one."""
-        return [self.network] if self.partner is None else [self.network, self.partner]
 
     # ---- nnU-Net's hooks, in the order of a training ----------------------------------------------------------------
 
@@ -203,11 +135,9 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         if not self.uses_unlabeled:
             return
         total: int = self.batch_size
-        # The fraction nnU-Net really reaches with this batch: of 2 it centers 1, not 0.33, on a structure.
-        centered = total - round(total * (1 - self.oversample_foreground_percent))
-        self.unlabeled_batch_size = max(1, total // 2)
-        self.batch_size = max(1, total - self.unlabeled_batch_size)
-        self.oversample_foreground_percent = centered / total
+        self.batch_size, self.unlabeled_batch_size, self.oversample_foreground_percent = share_batch(
+            total, self.oversample_foreground_percent
+        )
         self.probabilistic_oversampling = True
         self.print_to_log_file(
             f"Batch of {total}: {self.batch_size} labeled + {self.unlabeled_batch_size} unlabeled examples"
@@ -257,6 +187,10 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             self._unlabeled_cases = self.find_unlabeled_cases()
             self.print_to_log_file(f"Training with {describe_cases(self._unlabeled_cases)}")
         super().on_train_start()
+        if self.local_rank == 0:
+            write_record(self, self._unlabeled_cases)
+            if self.uses_unlabeled:
+                self.monitor = Monitor(self._unlabeled_cases, self.unlabeled_patch_size)
         if self._state_to_restore is not None:
             # Only now: making the loaders has drawn from the generators.
             if not restore_random_state(self._state_to_restore, self.device, self.generator):
@@ -286,7 +220,8 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         self.after_step()
         self._iterations_done_in_epoch += 1
         logged = {name: term.value for name, term in terms.items()} | self.statistics
-        values = [total, *(logged.get(name, float("nan")) for name in (*self.term_names, *self.statistic_names))]
+        logged |= {TermLogger.weight(name): terms[name].weight for name in self.unlabeled_terms if name in terms}
+        values = [total, *(logged.get(name, float("nan")) for name in self.logger.local_logger.step_names)]
         # One transfer for all values: a step waits for the device no more often than the stock trainer's.
         tensors = [torch.as_tensor(v, dtype=torch.float32, device=self.device).detach() for v in values]
         numbers = torch.stack(tensors).cpu().numpy()
@@ -296,13 +231,9 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         """Log the mean of every term and statistic over the epoch and over ranks."""
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
         # The same terms were on in every step of the epoch: stages switch between epochs.
-        means = np.stack([output["terms"] for output in train_outputs]).mean(0)
-        if self.is_ddp:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, means)
-            means = np.stack(gathered).mean(0)
-        for name, mean in zip((*self.term_names, *self.statistic_names), means):
-            self.logger.log(TermLogger.key(name), float(mean), self.current_epoch)
+        means = torch.from_numpy(np.stack([output["terms"] for output in train_outputs]).mean(0)).to(self.device)
+        for name, mean in zip(self.logger.local_logger.step_names, mean_over_ranks(means).tolist()):
+            self.logger.log(TermLogger.key(name), mean, self.current_epoch)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's, in the precision of the training."""
@@ -310,26 +241,31 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             return super().validation_step(batch)
 
     def on_epoch_end(self) -> None:
-        """Print the loss terms, then nnU-Net's lines; write its checkpoints and progress.png."""
-        for title, names in (("loss terms:", self.term_names), ("statistics:", self.statistic_names)):
-            values = [(n, self.logger.get_value(TermLogger.key(n), step=-1)) for n in names]
-            said = ", ".join(f"{n} {v:.4f}" for n, v in values if not np.isnan(v))
-            if said:
-                self.print_to_log_file(title, said)
+        """Look at the unlabeled patches, print the loss terms, then do what nnU-Net does."""
+        if self.monitor is not None:
+            epoch, every = self.current_epoch + 1, self.hp.picture_every
+            wanted = every > 0 and (epoch % every == 0 or epoch == self.num_epochs)
+            stability = self.monitor.look(self, picture_file(self.output_folder, epoch) if wanted else None)
+            self.logger.log(TermLogger.key(STABILITY), stability, self.current_epoch)
+        for line in self.logger.local_logger.lines():
+            self.print_to_log_file(line)
         super().on_epoch_end()
 
     def on_train_end(self) -> None:
         """Write checkpoint_final.pth and stop the loaders."""
         super().on_train_end()
+        self._weights_file = _FINAL
         if isinstance(self.dataloader_unlabeled, NonDetMultiThreadedAugmenter):
             self.dataloader_unlabeled._finish()
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint, atomically, with the state that resuming needs under a key of its own.
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's; then note which checkpoint predicted."""
+        super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0:
+            note_validation(self, self._weights_file)
 
-        ``trainer_name`` says nnUNetTrainer where the network is the plan's own: such a file predicts on stock nnU-Net
-        without this package.
-        """
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint, atomically, with the state that resuming needs under a key of its own."""
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
@@ -342,6 +278,8 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         # First, because a checkpoint of another trainer must not be half loaded.
         state = read_state(filename_or_checkpoint, type(self).__name__)
         super().load_checkpoint(filename_or_checkpoint)
+        if isinstance(filename_or_checkpoint, str):
+            self._weights_file = os.path.basename(filename_or_checkpoint)
         if self.partner is not None:
             bare(self.partner).load_state_dict(state["partner"]["weights"])
         changed = {k: v for k, v in self.hp.as_dict().items() if state["hyperparameters"].get(k) != v}
@@ -353,28 +291,7 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
             # The file holds rank 0's state; other ranks must draw something else, and not epoch 0's again.
             self.generator.manual_seed(self.hp.seed + self.local_rank + 1000 * self.current_epoch)
 
-    # ---- tools for methods ------------------------------------------------------------------------------------------
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """As the stock trainer: on CUDA always; on the CPU bfloat16 where ``cpu_bfloat16`` asks for it."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda")
-        if self.device.type == "cpu" and self.hp.cpu_bfloat16:
-            return torch.autocast("cpu", dtype=torch.bfloat16)
-        return nullcontext()
-
-    def supervised_loss(self, outputs: Any, target: Tensor, loss: nn.Module | None = None) -> Tensor:
-        """The trainer's loss of the network's outputs against a target at full resolution.
-
-        Args:
-            outputs: Logits (B, K, *S), with deep supervision a list of them by falling resolution.
-            target: (B, 1, *S) or region channels.
-            loss: Another loss of that kind, instead of the trainer's.
-        """
-        loss = self.loss if loss is None else loss
-        if not isinstance(outputs, (list, tuple)):
-            return loss(outputs, target)
-        return loss(outputs, downsample_target(target, [tuple(o.shape[2:]) for o in outputs]))
+    # ---- internals --------------------------------------------------------------------------------------------------
 
     def find_unlabeled_cases(self) -> list[UnlabeledCase]:
         """The unlabeled cases of this training; see ``unlabeled_data.find_unlabeled_cases``."""
@@ -387,8 +304,6 @@ class SemiSupervisedTrainer(nnUNetTrainer, ABC):
         for note in notes:
             self.print_to_log_file(note)
         return cases
-
-    # ---- internals --------------------------------------------------------------------------------------------------
 
     @classmethod
     def _read_hyperparameters(cls, plans: dict[str, Any]) -> Any:

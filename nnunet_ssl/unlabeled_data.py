@@ -254,6 +254,22 @@ def describe_cases(cases: Sequence[UnlabeledCase]) -> str:
     return f"{len(cases)} unlabeled cases ({counts})"
 
 
+def share_batch(total: int, centered_fraction: float) -> tuple[int, int, float]:
+    """Share the plan's batch between labeled and unlabeled examples, half each, at least one of either.
+
+    Args:
+        total: The plan's batch size.
+        centered_fraction: Of the labeled examples that nnU-Net centers on a structure.
+
+    Returns:
+        Labeled and unlabeled examples per step, and the fraction that nnU-Net really reaches with a batch of
+        ``total``: of 2 it centers 1, not 0.33, on a structure.
+    """
+    unlabeled = max(1, total // 2)
+    centered = total - round(total * (1 - centered_fraction))
+    return max(1, total - unlabeled), unlabeled, centered / total
+
+
 def make_unlabeled_loader(
     trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledCase], augmentation: Augmentation
 ) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ import numpy as np
 import SimpleITK
 from accuracy import Experiment, Variant, add_common_arguments, print_table
 
-from nnunet_ssl.evaluation.distances import hausdorff_95
+from nnunet_ssl.evaluation.distances import surface_distances
 from nnunet_ssl.methods import nnUNetTrainerDualNet
 
 ROWS = {
@@ -64,7 +64,8 @@ def hd95(experiment: Experiment, validation: Path) -> np.ndarray:
         images = [SimpleITK.ReadImage(str(folder / file.name)) for folder in (validation, truth_folder)]
         predicted, truth = (SimpleITK.GetArrayFromImage(image) for image in images)
         spacing = images[1].GetSpacing()[::-1]
-        per_case.append([hausdorff_95(predicted == v, truth == v, spacing) for v in experiment.structures.values()])
+        distances = [surface_distances(predicted == v, truth == v, spacing) for v in experiment.structures.values()]
+        per_case.append([np.nan if d is None else d.hausdorff_95 for d in distances])
     return np.nanmean(per_case, axis=0)
 
 

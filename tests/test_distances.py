@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from nnunet_ssl.evaluation.distances import hausdorff_95, surface_distances
+from nnunet_ssl.evaluation.distances import surface_distances
 
 
 def blob(shape, seed):
@@ -33,19 +33,22 @@ def test_equals_brute_force(shape, spacing):
     a, b = (surface_by_hand(m) * np.array(spacing) for m in (first, second))
     pairs = np.linalg.norm(a[:, None] - b[None], axis=-1)
     ours = surface_distances(first, second, spacing)
-    np.testing.assert_allclose(np.sort(ours[0]), np.sort(pairs.min(1)))
-    np.testing.assert_allclose(np.sort(ours[1]), np.sort(pairs.min(0)))
-    expected = np.percentile(np.concatenate([pairs.min(1), pairs.min(0)]), 95)
-    assert hausdorff_95(first, second, spacing) == pytest.approx(expected)
-    assert hausdorff_95(second, first, spacing) == pytest.approx(expected)
+    np.testing.assert_allclose(np.sort(ours.to_second), np.sort(pairs.min(1)))
+    np.testing.assert_allclose(np.sort(ours.to_first), np.sort(pairs.min(0)))
+    both = np.concatenate([pairs.min(1), pairs.min(0)])
+    for distances in (ours, surface_distances(second, first, spacing)):
+        assert distances.hausdorff_95 == pytest.approx(np.percentile(both, 95))
+        assert distances.average == pytest.approx(both.mean())
+        assert distances.mean_absolute == pytest.approx((pairs.min(1).mean() + pairs.min(0).mean()) / 2)
 
 
 def test_closed_forms():
     square = np.zeros((20, 20), dtype=bool)
     square[5:10, 5:10] = True
-    assert hausdorff_95(square, square, (1, 1)) == 0
-    assert hausdorff_95(square, np.roll(square, 3, axis=1), (1.0, 2.0)) == pytest.approx(6.0)
-    assert np.isnan(hausdorff_95(square, np.zeros_like(square), (1, 1)))
+    assert surface_distances(square, square, (1, 1)).hausdorff_95 == 0
+    moved = surface_distances(square, np.roll(square, 3, axis=1), (1.0, 2.0))
+    assert moved.hausdorff_95 == pytest.approx(6.0)
+    assert surface_distances(square, np.zeros_like(square), (1, 1)) is None
     assert surface_distances(np.zeros_like(square), square, (1, 1)) is None
 
 

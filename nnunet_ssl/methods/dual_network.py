@@ -22,6 +22,7 @@ from nnunet_ssl.losses import (
     cosine_distance,
     entropy,
     kl_divergence,
+    label_map,
     log_probabilities,
     masked_mean,
     probabilities,
@@ -30,7 +31,8 @@ from nnunet_ssl.losses import (
     target_maps,
     upper_threshold,
 )
-from nnunet_ssl.networks import FeatureTap, full_resolution, mean_over_ranks
+from nnunet_ssl.monitor import PSEUDO_LABELS
+from nnunet_ssl.networks import FeatureTap, full_resolution, mean_over_ranks, quiet_pass
 from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.plans import with_partner_network
 from nnunet_ssl.schedules import gaussian_ramp
@@ -73,6 +75,7 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
     def initialize(self) -> None:
         """Build both networks; their features are kept where the contrastive term needs them."""
         super().initialize()
+        self._teacher = 0
         wanted = self.hp.contrastive_weight > 0
         self._taps = [FeatureTap(network) for network in self.networks] if wanted else []
 
@@ -94,6 +97,7 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         logits = [full_resolution(output) for output in outputs]
         teacher = self.choose_teacher(logits, labeled["target"])
         student = 1 - teacher
+        self._teacher = teacher
         if self._taps:
             student_outputs, features = self._taps[student](unlabeled["data"])
         else:
@@ -106,6 +110,21 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         ramp = gaussian_ramp(self.stage_progress, self.hp.unlabeled_ramp)
         self.statistics["network_teaches"] = float(teacher == 0)
         return terms | {name: LossTerm(value, weights[name] * ramp) for name, value in values.items()}
+
+    def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Both networks' labels, where they disagree, the pseudo-labels of the last teacher and where they count."""
+        regions = self.label_manager.has_regions
+        logits = [quiet_pass(network, images) for network in self.networks]
+        labels = [label_map(z, regions) for z in logits]
+        log_p = [log_probabilities(z, regions) for z in logits]
+        reliable = self.reliable_voxels(log_p[0], log_p[1])
+        return {
+            "network": labels[0],
+            "partner": labels[1],
+            "disagree": labels[0] != labels[1],
+            "reliable": reliable,
+            PSEUDO_LABELS: labels[self._teacher],
+        }
 
     @torch.no_grad()
     def choose_teacher(self, logits: list[Tensor], target: Tensor) -> int:
@@ -125,6 +144,12 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         losses = [soft_dice_loss(probabilities(z, regions)[:, first:], truth[:, first:], mask) for z in logits]
         return int(mean_over_ranks(torch.stack(losses)).argmin().item())
 
+    @torch.no_grad()
+    def reliable_voxels(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Where both networks' entropies are among the lowest of the batch: boolean (B, *S)."""
+        sure = [h <= upper_threshold(h, self.hp.reliable_fraction) for h in (entropy(log_p), entropy(log_q))]
+        return sure[0] & sure[1]
+
     def student_terms(self, student: list[Tensor], teacher: list[Tensor], features: Tensor | None) -> dict[str, Tensor]:
         """What the student learns from the teacher.
 
@@ -136,10 +161,7 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         hp, regions = self.hp, self.label_manager.has_regions
         log_p, log_q = log_probabilities(student[0], regions), log_probabilities(teacher[0], regions)
         labels = log_q.argmax(2)
-        with torch.no_grad():
-            entropies = [entropy(log_p), entropy(log_q)]
-            sure = [h <= upper_threshold(h, hp.reliable_fraction) for h in entropies]
-            reliable = sure[0] & sure[1]
+        reliable = self.reliable_voxels(log_p, log_q)
         self.statistics["reliable"] = reliable.float().mean()
         terms = {}
         cross_entropy = pseudo_label_cross_entropy(log_p, labels)

@@ -20,9 +20,10 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
 from nnunet_ssl.hyperparameters import HyperParameters, parameter
-from nnunet_ssl.losses import hard_labels
+from nnunet_ssl.losses import hard_labels, label_map
 from nnunet_ssl.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
-from nnunet_ssl.networks import full_resolution, split_outputs
+from nnunet_ssl.monitor import IMAGE, PSEUDO_LABELS
+from nnunet_ssl.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.schedules import gaussian_ramp
 from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -123,6 +124,23 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
                 value = self.supervised_loss(outputs, teaching, self.pseudo_label_loss)
                 terms[name + student] = LossTerm(value, weight * ramp)
         return terms
+
+    def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Both networks' labels of the center crop, where they disagree, and the first one's dynamic labels."""
+        margin, regions = self.unlabeled_margin, self.label_manager.has_regions
+        shift = draw_shift(margin, generator)
+        center = shifted_crop(images, margin, [0] * len(margin))
+        first, second = (label_map(quiet_pass(network, center), regions) for network in self.networks)
+        temporary = label_map(quiet_pass(self.networks[0], shifted_crop(images, margin, shift)), regions)
+        dynamic = compose_pseudo_labels(first[:, None], temporary[:, None], shift)[:, 0]
+        return {
+            IMAGE: center,
+            "network 2": second,
+            "disagree": first != second,
+            PSEUDO_LABELS: first,
+            "dynamic": dynamic,
+            "redecided": dynamic != first,
+        }
 
     @torch.no_grad()
     def pseudo_labels(

@@ -19,8 +19,9 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
 from nnunet_ssl.hyperparameters import HyperParameters, parameter
-from nnunet_ssl.losses import SoftIoULoss, probabilities, soft_iou_loss
-from nnunet_ssl.networks import full_resolution, split_outputs
+from nnunet_ssl.losses import SoftIoULoss, label_map, probabilities, soft_iou_loss
+from nnunet_ssl.monitor import IMAGE, PSEUDO_LABELS
+from nnunet_ssl.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.schedules import gaussian_ramp
 from nnunet_ssl.spatial import (
@@ -109,6 +110,26 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
             consistency = self.consistency(full_resolution(branch_1), full_resolution(branch_2), u1, u2)
             terms["consistency"] = LossTerm(consistency, weight)
         return terms
+
+    def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Both branches' labels in the frame of branch 2, where they disagree, and where they can be compared."""
+        shape = tuple(images.shape[2:])
+        u1, u2 = (self._sample(len(images), shape, generator).to(images.device) for _ in range(2))
+        margin = self.grid(shape).margin
+        warped = [warp(images, without_margin(u, margin)) for u in (u1, u2)]
+        regions = self.label_manager.has_regions
+        logits = [quiet_pass(self.network, image) for image in warped]
+        alignment = align_displacements(u1, u2, grid=self.grid(shape))
+        aligned = warp(label_map(logits[0], regions)[:, None], alignment, "nearest")[:, 0]
+        branch_2, compared = label_map(logits[1], regions), inside_mask(alignment)[:, 0]
+        return {
+            IMAGE: warped[1],
+            "branch 1, aligned": aligned,
+            "branch 2": branch_2,
+            "disagree": (aligned != branch_2) & compared,
+            "compared": compared,
+            PSEUDO_LABELS: label_map(quiet_pass(self.network, images), regions),
+        }
 
     def draw_displacement(self, data: Tensor) -> Tensor:
         """One branch's transforms of a batch (B, C, *S): displacements in voxels, with the margin of ``grid``."""

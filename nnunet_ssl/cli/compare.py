@@ -1,0 +1,123 @@
+"""Compare trainers on the cases they did not train with: tables, a CSV file, JSON, and a report page.
+
+By default the validation predictions that nnUNetv2_train wrote at the end of each training are read. They must come
+from the final checkpoints of the same folds, with the same labeled cases; what differs is named. A test set is compared
+with --predictions and --labels. The first trainer is the reference that the others are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.candidates import Candidate, Reference
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    trained = parser.add_argument_group("validation cases of trainings")
+    trained.add_argument("-d", dest="dataset", metavar="DATASET", help="data set, number or name")
+    trained.add_argument("-c", dest="configuration", metavar="CONFIGURATION", help="e.g. 2d")
+    trained.add_argument("-f", dest="folds", nargs="+", metavar="FOLD", help="folds, e.g. 0 1 2")
+    trained.add_argument("-tr", dest="trainers", nargs="+", metavar="TRAINER", help="the reference first")
+    trained.add_argument(
+        "-p", dest="plans", nargs="+", default=["nnUNetPlans"], metavar="PLANS",
+        help="one name for all, or one for each trainer (default nnUNetPlans)",
+    )  # fmt: skip
+    trained.add_argument(
+        "--best", action="store_true",
+        help="the predictions come from checkpoint_best (--val_best), chosen on these very cases; the report says so",
+    )  # fmt: skip
+    given = parser.add_argument_group("folders of predictions, e.g. of a test set")
+    given.add_argument("--predictions", nargs="+", metavar="NAME=FOLDER", help="the reference first")
+    given.add_argument("--labels", type=Path, metavar="FOLDER", help="the true label maps")
+    given.add_argument(
+        "--dataset-json", type=Path, metavar="FILE", help="default: beside the predictions, or above the labels"
+    )
+    given.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="for the pictures (default: images.. beside labels.. if there)"
+    )
+    parser.add_argument(
+        "-o", dest="output", type=Path, default=Path("comparison"), metavar="DIR",
+        help="folder for comparison.csv, comparison.json and report.html (default: comparison)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-np", dest="processes", type=int, default=2, metavar="N", help="parallel processes (default 2)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score, print the tables and write the files."""
+    from nnunet_ssl.evaluation.comparison import evaluate
+    from nnunet_ssl.evaluation.formatting import terminal_tables
+    from nnunet_ssl.evaluation.output import write_comparison
+
+    title, candidates, reference = _what_to_compare(arguments)
+    comparison = evaluate(candidates, reference, arguments.processes)
+    files = write_comparison(arguments.output, title, comparison, candidates, reference)
+    print(terminal_tables(comparison))
+    if arguments.best:
+        print("\nWARNING: checkpoint_best was chosen on these cases; the values are too good.")
+    print()
+    for file in files:
+        print(file)
+    return 0
+
+
+def _what_to_compare(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
+    from nnunet_ssl.errors import UserError
+    from nnunet_ssl.evaluation.candidates import Query, find_trained
+    from nnunet_ssl.nnunet_folders import dataset_name, require_variables
+
+    if arguments.predictions:
+        return _given(arguments)
+    missing = [
+        option
+        for option, value in (
+            ("-d", arguments.dataset),
+            ("-c", arguments.configuration),
+            ("-f", arguments.folds),
+            ("-tr", arguments.trainers),
+        )
+        if not value
+    ]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} is missing. Give -d, -c, -f and -tr for the validation cases of trainings, or "
+            f"--predictions NAME=FOLDER ... and --labels FOLDER."
+        )
+    raw, preprocessed, results = require_variables("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    name = dataset_name(arguments.dataset)
+    query = Query(
+        results / name, preprocessed / name, raw / name, arguments.configuration, arguments.folds, arguments.best
+    )
+    return f"{name}, {arguments.configuration}", *find_trained(query, arguments.trainers, arguments.plans)
+
+
+def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
+    from nnunet_ssl.errors import UserError
+    from nnunet_ssl.evaluation.candidates import find_given
+    from nnunet_ssl.nnunet_folders import read_json
+
+    if arguments.dataset or arguments.folds or arguments.trainers or arguments.best:
+        raise UserError("--predictions names the folders itself; leave -d, -f, -tr and --best out.")
+    if arguments.labels is None:
+        raise UserError("--predictions needs --labels FOLDER.")
+    folders: dict[str, Path] = {}
+    for word in arguments.predictions:
+        name, separator, folder = word.partition("=")
+        if not separator or not name or not Path(folder).is_dir() or name in folders:
+            raise UserError(f"--predictions {word!r}: expected NAME=FOLDER, each name once, each folder existing.")
+        folders[name] = Path(folder)
+    candidates = [arguments.dataset_json] if arguments.dataset_json else [
+        *(folder / "dataset.json" for folder in folders.values()), arguments.labels.resolve().parent / "dataset.json"
+    ]  # fmt: skip
+    file = next((file for file in candidates if file.is_file()), candidates[-1])
+    dataset_json = read_json(file, "Name nnU-Net's dataset.json with --dataset-json.")
+    images = arguments.images
+    if images is None:
+        beside = arguments.labels.resolve().with_name(arguments.labels.resolve().name.replace("labels", "images"))
+        images = beside if beside.is_dir() and beside != arguments.labels.resolve() else None
+    return str(arguments.labels), *find_given(folders, arguments.labels, dataset_json, images)

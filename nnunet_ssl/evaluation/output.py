@@ -1,0 +1,40 @@
+"""The files of a comparison; each appears complete or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_ssl.evaluation.candidates import Candidate, Reference
+from nnunet_ssl.evaluation.case_pictures import draw_cases
+from nnunet_ssl.evaluation.comparison import Comparison, as_json, write_csv
+from nnunet_ssl.evaluation.report import build_report
+from nnunet_ssl.files import write_atomically
+
+
+def write_comparison(
+    folder: Path, title: str, comparison: Comparison, candidates: Sequence[Candidate], reference: Reference
+) -> list[Path]:
+    """Write comparison.csv, comparison.json and report.html.
+
+    Args:
+        folder: Made if missing; files of an earlier comparison are replaced.
+        title: Of the report.
+        comparison: All values.
+        candidates: In the same order.
+        reference: For the pictures.
+
+    Returns:
+        The files.
+    """
+    report = build_report(title, comparison, candidates, draw_cases(comparison, candidates, reference))
+    contents = {
+        "comparison.csv": write_csv(comparison, candidates),
+        "comparison.json": json.dumps(as_json(comparison, candidates), indent=2).encode(),
+        "report.html": report.encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(str(folder / name), content)
+    return [folder / name for name in contents]

@@ -1,0 +1,59 @@
+"""A small file beside nnU-Net's checkpoints that says what a training learned from and ran with."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+
+from nnunet_ssl import __version__
+from nnunet_ssl.files import write_atomically
+
+if TYPE_CHECKING:
+    from nnunet_ssl.trainer import SemiSupervisedTrainer
+    from nnunet_ssl.unlabeled_data import UnlabeledCase
+
+RECORD_FILE = "nnunet_ssl.json"
+
+
+def write_record(trainer: SemiSupervisedTrainer, unlabeled: list[UnlabeledCase]) -> None:
+    """Write the record when a training starts.
+
+    Args:
+        trainer: Initialized.
+        unlabeled: The unlabeled cases it uses.
+    """
+    labeled, validation = trainer.do_split()
+    _write(
+        trainer,
+        {
+            "trainer": type(trainer).__name__,
+            "versions": {"nnunet_ssl": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__},
+            "device": trainer.device.type,
+            "hyperparameters": trainer.hp.as_dict(),
+            "batch": {"labeled": trainer.batch_size, "unlabeled": trainer.unlabeled_batch_size},
+            "labeled": sorted(labeled),
+            "validation": sorted(validation),
+            "unlabeled": {case.identifier: case.source for case in unlabeled},
+        },
+    )
+
+
+def note_validation(trainer: SemiSupervisedTrainer, checkpoint: str) -> None:
+    """Add which checkpoint the predictions in validation/ come from.
+
+    Args:
+        trainer: Whose validation has just ended.
+        checkpoint: File name.
+    """
+    file = os.path.join(trainer.output_folder, RECORD_FILE)
+    if os.path.isfile(file):
+        _write(trainer, {**load_json(file), "validated_with": checkpoint})
+
+
+def _write(trainer: SemiSupervisedTrainer, record: dict[str, Any]) -> None:
+    write_atomically(os.path.join(trainer.output_folder, RECORD_FILE), json.dumps(record, indent=2).encode())

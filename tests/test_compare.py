@@ -1,0 +1,314 @@
+"""The compare verb on small made-up results: values, refusals, files, and the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
+from PIL import Image
+
+from nnunet_ssl.cli import main
+from nnunet_ssl.run_record import RECORD_FILE
+
+DATASET, CONFIGURATION = "Dataset902_Shapes", "2d"
+LABELS = {"background": 0, "disk": 1, "square": 2}
+SPLITS = [
+    {"train": ["t0", "t1"], "val": ["a", "b", "c"]},
+    {"train": ["t0", "a"], "val": ["d", "e", "f"]},
+]
+
+
+def label_map(seed: int, side: int = 40) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    labels = np.zeros((side, side), np.uint8)
+    y, x = np.mgrid[:side, :side]
+    center = generator.integers(10, 16, 2)
+    labels[(y - center[0]) ** 2 + (x - center[1]) ** 2 < 36] = 1
+    corner = generator.integers(22, 28, 2)
+    labels[corner[0] : corner[0] + 8, corner[1] : corner[1] + 8] = 2
+    return labels
+
+
+class Results:
+    """nnU-Net's three folders with two trainers' finished validations; the second one's labels are shifted more."""
+
+    shifts: ClassVar = {"nnUNetTrainer": 1, "nnUNetTrainerSemiTC": 2}
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.raw, self.preprocessed, self.results = (
+            root / v / DATASET for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        )
+        dataset_json = {"channel_names": {"0": "x"}, "labels": LABELS, "numTraining": 8, "file_ending": ".png"}
+        for folder in (self.raw / "imagesTr", self.raw / "labelsTr", self.preprocessed / "gt_segmentations"):
+            folder.mkdir(parents=True)
+        (self.raw / "dataset.json").write_text(json.dumps(dataset_json))
+        (self.preprocessed / "splits_final.json").write_text(json.dumps(SPLITS))
+        for seed, case in enumerate("abcdef"):
+            labels = label_map(seed)
+            noise = np.random.default_rng(seed).integers(0, 60, labels.shape)
+            self.save(self.raw / "imagesTr" / f"{case}_0000.png", labels * 60 + noise)
+            self.save(self.raw / "labelsTr" / f"{case}.png", labels)
+            self.save(self.preprocessed / "gt_segmentations" / f"{case}.png", labels)
+        for trainer in self.shifts:
+            for fold in range(2):
+                self.add_fold(trainer, fold, dataset_json)
+
+    def folder(self, trainer: str, fold: int) -> Path:
+        return self.results / f"{trainer}__nnUNetPlans__{CONFIGURATION}" / f"fold_{fold}"
+
+    def add_fold(self, trainer: str, fold: int, dataset_json: dict) -> None:
+        folder = self.folder(trainer, fold)
+        (folder / "validation").mkdir(parents=True)
+        (folder.parent / "dataset.json").write_text(json.dumps(dataset_json))
+        (folder / "validation" / "summary.json").write_text("{}")
+        logging = {k: [0.5, 0.4] for k in ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs")}
+        if trainer == "nnUNetTrainer":
+            (folder / "training_log_1.txt").write_text("This split has 2 training and 3 validation cases.\n")
+            (folder / "debug.json").write_text(json.dumps({"num_epochs": "2", "torch_version": "2"}))
+        else:
+            logging["ssl_consistency"] = [0.3, float("nan")]
+            record = {
+                "versions": {"torch": "2"},
+                "device": "cpu",
+                "hyperparameters": {"num_epochs": 2, "seed": None},
+                "batch": {"labeled": 1, "unlabeled": 1},
+                "labeled": SPLITS[fold]["train"],
+                "validated_with": "checkpoint_final.pth",
+            }
+            (folder / RECORD_FILE).write_text(json.dumps(record))
+        torch.save({"logging": logging, "network_weights": {"w": torch.zeros(3)}}, folder / "checkpoint_final.pth")
+        for case in SPLITS[fold]["val"]:
+            labels = np.array(Image.open(self.preprocessed / "gt_segmentations" / f"{case}.png"))
+            self.save(folder / "validation" / f"{case}.png", np.roll(labels, self.shifts[trainer], axis=1))
+
+    @staticmethod
+    def save(file: Path, values: np.ndarray) -> None:
+        Image.fromarray(values.astype(np.uint8)).save(file)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return Results(tmp_path)
+
+
+def compare(results: Results, *words: str, trainers: tuple[str, ...] = tuple(Results.shifts)) -> int:
+    folders = ("-o", str(results.root / "out"), "-np", "1")
+    return main(["compare", "-d", "902", "-c", CONFIGURATION, "-f", "0", "1", "-tr", *trainers, *folders, *words])
+
+
+def test_values_are_those_of_the_shifts(results: Results, capsys: pytest.CaptureFixture[str]):
+    assert compare(results) == 0
+    rows = list(csv.DictReader((results.root / "out" / "comparison.csv").open()))
+    assert len(rows) == 6 * 2 * 2
+    for row in rows:
+        shift = Results.shifts[row["trainer"]]
+        if row["structure"] == "square":
+            # A square of side 8 shifted by s: 8 (8 - s) voxels in common of 64.
+            assert float(row["Dice"]) == pytest.approx((8 - shift) / 8)
+            assert float(row["HD95_px"]) == shift
+        assert row["fold"] == ("0" if row["case"] in "abc" else "1")
+        assert row["checkpoint"] == "final"
+    content = json.loads((results.root / "out" / "comparison.json").read_text())
+    found = {(r["metric"], r["structure"]): r for r in content["results"]}
+    square = found["Dice", "square"]
+    assert square["trainers"]["nnUNetTrainer"]["mean"] == pytest.approx(7 / 8)
+    difference = square["differences"]["nnUNetTrainerSemiTC"]
+    assert difference["mean"] == pytest.approx(-1 / 8)
+    assert (difference["wins"], difference["losses"]) == (0, 6)
+    assert found["HD95", "square"]["differences"]["nnUNetTrainerSemiTC"]["losses"] == 6
+    mean = np.mean([found["Dice", s]["trainers"]["nnUNetTrainer"]["mean"] for s in ("disk", "square")])
+    assert found["Dice", "mean"]["trainers"]["nnUNetTrainer"]["mean"] == pytest.approx(mean)
+    printed = capsys.readouterr().out
+    assert "87.5 ± 0.0" in printed
+    assert "report.html" in printed
+
+
+def test_an_empty_prediction_is_missing_for_distances_and_counted(results: Results):
+    file = results.folder("nnUNetTrainerSemiTC", 0) / "validation" / "a.png"
+    labels = np.array(Image.open(file))
+    results.save(file, np.where(labels == 2, 0, labels))
+    assert compare(results) == 0
+    content = json.loads((results.root / "out" / "comparison.json").read_text())
+    found = {(r["metric"], r["structure"]): r for r in content["results"]}
+    distance, dice = found["HD95", "square"], found["Dice", "square"]
+    assert distance["trainers"]["nnUNetTrainerSemiTC"] == {"mean": 2, "sd": 0, "median": 2, "missing": 1}
+    assert distance["differences"]["nnUNetTrainerSemiTC"]["missing"] == 1
+    assert dice["trainers"]["nnUNetTrainerSemiTC"]["missing"] == 0
+    assert dice["trainers"]["nnUNetTrainerSemiTC"]["mean"] == pytest.approx(5 / 6 * 0.75)
+    # The mean over structures pairs only what both have: the disk alone in case a.
+    mean = found["HD95", "mean"]["differences"]["nnUNetTrainerSemiTC"]
+    assert mean["missing"] == 0
+    worst = content["trainers"]["nnUNetTrainerSemiTC"]["worst_cases"]
+    assert worst[0][0] == "a"
+
+
+def refused(results: Results, capsys: pytest.CaptureFixture[str], *words: str, **keywords) -> str:
+    assert compare(results, *words, **keywords) == 2
+    assert not (results.root / "out").exists()
+    return capsys.readouterr().err
+
+
+def test_different_cases_are_refused_and_named(results, capsys):
+    (results.folder("nnUNetTrainer", 1) / "validation" / "e.png").unlink()
+    assert "nnUNetTrainer, fold 1 lacks 1 cases beside fold 1 of splits_final.json: e" in refused(results, capsys)
+
+
+def test_other_labeled_cases_are_refused_and_named(results, capsys):
+    file = results.folder("nnUNetTrainerSemiTC", 0) / RECORD_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "labeled": ["t0", "t9"]}))
+    assert "labeled cases at training lacks 1 cases" in refused(results, capsys)
+
+
+def test_another_number_of_labels_in_nnunets_log_is_refused(results, capsys):
+    (results.folder("nnUNetTrainer", 0) / "training_log_2.txt").write_text(
+        "This split has 64 training and 3 validation cases.\n"
+    )
+    assert "was trained on 64 and validated on 3 cases; splits_final.json now has 2 and 3" in refused(results, capsys)
+
+
+def test_best_checkpoints_must_be_asked_for_and_are_marked(results, capsys):
+    for fold in range(2):
+        file = results.folder("nnUNetTrainerSemiTC", fold) / RECORD_FILE
+        file.write_text(json.dumps({**json.loads(file.read_text()), "validated_with": "checkpoint_best.pth"}))
+    assert "was validated with checkpoint_best.pth, expected checkpoint_final.pth" in refused(results, capsys)
+    assert compare(results, "--best") == 0
+    assert "chosen on these cases" in capsys.readouterr().out
+    assert "these values are too good" in (results.root / "out" / "report.html").read_text()
+    assert ",best," in (results.root / "out" / "comparison.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "checkpoint_final.pth").unlink(), "only finished trainings are compared"),
+        (lambda f: (f / "validation" / "summary.json").unlink(), "has no finished validation"),
+        (lambda f: shutil.rmtree(f.parent), "trained models: nnUNetTrainer__nnUNetPlans__2d"),
+        (lambda f: (f / "validation" / "a.png").write_bytes(b"no image"), "cannot be read as a label map"),
+        (lambda f: Results.save(f / "validation" / "a.png", np.zeros((3, 3))), "has shape"),
+    ],
+)
+def test_what_is_missing_or_broken_is_named(results, capsys, break_it, message):
+    break_it(results.folder("nnUNetTrainerSemiTC", 0))
+    assert message in refused(results, capsys)
+
+
+def test_other_bad_requests(results, capsys):
+    assert "no fold 7" in refused(results, capsys, "-f", "7")
+    assert "no held-out cases" in refused(results, capsys, "-f", "all")
+    assert "given twice" in refused(results, capsys, trainers=("nnUNetTrainer", "nnUNetTrainer"))
+    assert "-p has 3 names for 2 trainers" in refused(results, capsys, "-p", "a", "b", "c")
+    assert main(["compare", "-d", "902"]) == 2
+    assert "-c and -f and -tr is missing" in capsys.readouterr().err
+
+
+def test_folders_of_a_test_set(tmp_path: Path, capsys):
+    """3D, anisotropic: distances in mm, pictures in three planes."""
+    labels, generator = np.zeros((10, 24, 20), np.uint8), np.random.default_rng(0)
+    labels[3:7, 6:14, 5:12] = 1
+    shifted = np.roll(labels, 1, axis=0)
+    for folder, values in (("labelsTs", labels), ("good", labels), ("bad", shifted)):
+        (tmp_path / folder).mkdir()
+        write_volume(tmp_path / folder / "case.nii.gz", values)
+    (tmp_path / "imagesTs").mkdir()
+    write_volume(tmp_path / "imagesTs" / "case_0000.nii.gz", labels + generator.normal(size=labels.shape))
+    dataset_json = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "box": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset_json))
+    words = ["--predictions", f"A={tmp_path}/good", f"B={tmp_path}/bad", "--labels", f"{tmp_path}/labelsTs"]
+    assert main(["compare", *words, "-o", str(tmp_path / "out"), "-np", "1"]) == 0
+    row = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))[1]
+    assert float(row["HD95_mm"]) == 3.0
+    assert row["checkpoint"] == "given"
+    assert (tmp_path / "out" / "report.html").read_text().count("<img ") == 3
+    (tmp_path / "bad" / "case.nii.gz").unlink()
+    assert main(["compare", *words, "-o", str(tmp_path / "out2")]) == 2
+    assert "lacks 1 cases" in capsys.readouterr().err
+    assert main(["compare", "--predictions", "A", "--labels", "x"]) == 2
+    assert "expected NAME=FOLDER" in capsys.readouterr().err
+
+
+def write_volume(file: Path, values: np.ndarray) -> None:
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing((1.0, 1.0, 3.0))
+    sitk.WriteImage(image, str(file))
+
+
+def test_several_processes_give_the_same(results: Results):
+    assert compare(results) == 0
+    alone = (results.root / "out" / "comparison.csv").read_bytes()
+    assert compare(results, "-np", "2") == 0
+    assert (results.root / "out" / "comparison.csv").read_bytes() == alone
+
+
+class Links(HTMLParser):
+    """Collects everything that a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = ("src", "href", "xlink:href", "data", "srcset")
+        self.found += [value or "" for name, value in attrs if name in names]
+
+
+def test_the_page_needs_nothing_else(results: Results):
+    assert compare(results) == 0
+    page = (results.root / "out" / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert len(links.found) > 3
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links.found)
+    assert "url(" not in page.replace("url(#", "")
+    for text in ("won / tied / lost", "Worst cases", "Outlines", "Learning curves", "consistency", "num_epochs"):
+        assert text in page
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Writes into the page's title what the browser measured.
+PROBE = """<script>addEventListener('load', () => {
+  const broken = [...document.images].filter(i => !i.complete || i.naturalWidth === 0).length;
+  const root = document.documentElement;
+  const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.wide') && !e.closest('svg')
+    && e.getBoundingClientRect().right > root.clientWidth + 1).map(e => e.tagName);
+  document.title = JSON.stringify({width: innerWidth, scroll: root.scrollWidth, broken, images: document.images.length,
+    plots: [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height > 40).length, wide});
+});</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [380, 1400])
+def test_the_page_in_a_browser(results: Results, width: int):
+    assert compare(results) == 0
+    page = (results.root / "out" / "report.html").read_text()
+    # Headless Chromium's window is never narrower than 500 pixels: a frame of the asked width holds the page.
+    probed = results.root / "probed.html"
+    probed.write_text(page.replace("</body>", PROBE + "</body>"))
+    outer = results.root / "outer.html"
+    outer.write_text(
+        f'<iframe src="probed.html" style="border:0;width:{width}px;height:800px" '
+        f'onload="setTimeout(() => document.title = this.contentDocument.title, 500)"></iframe>'
+    )
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"),
+        *("--window-size=1600,1000", "--virtual-time-budget=5000", "--dump-dom", outer.as_uri()),
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    measured = json.loads(dom.split("<title>")[1].split("</title>")[0].replace("&quot;", '"'))
+    assert measured["width"] == width
+    assert measured["scroll"] <= width, measured
+    assert measured["wide"] == []
+    assert measured["broken"] == 0
+    assert measured["images"] == 3
+    assert measured["plots"] == page.count("<svg")
