@@ -244,6 +244,26 @@ def write_volume(file: Path, values: np.ndarray) -> None:
     sitk.WriteImage(image, str(file))
 
 
+def test_post_processing_is_scored_and_said(results: Results, capsys: pytest.CaptureFixture[str]):
+    file = results.folder("nnUNetTrainer", 0) / "validation" / "a.png"
+    labels = np.array(Image.open(file))
+    labels[0, 0] = 2
+    results.save(file, labels)
+    compare(results)
+    plain = json.loads((results.root / "out" / "comparison.json").read_text())
+    assert compare(results, "--remove-below", "square=2") == 0
+    cleaned = json.loads((results.root / "out" / "comparison.json").read_text())
+    values = [
+        next(r for r in content["results"] if (r["metric"], r["structure"]) == ("ASD", "square"))
+        for content in (plain, cleaned)
+    ]
+    means = [value["trainers"]["nnUNetTrainer"]["mean"] for value in values]
+    assert means[0] > means[1] + 0.05
+    assert "objects removed below square 2" in (results.root / "out" / "report.html").read_text()
+    assert cleaned["post_processing"] == "objects removed below square 2"
+    assert plain["post_processing"] is None
+
+
 def test_several_processes_give_the_same(results: Results):
     assert compare(results) == 0
     alone = (results.root / "out" / "comparison.csv").read_bytes()

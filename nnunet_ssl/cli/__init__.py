@@ -17,6 +17,7 @@ VERBS = {
     "split": "append folds that hide the labels of some cases, for experiments",
     "configure": "write a plans file with hyper-parameters, or with a smaller network",
     "compare": "score trainers on held-out cases, and write tables and a report page",
+    "postprocess": "remove small objects and fill holes in predictions",
     "export": "make a model folder of the second network of a dual training",
     "demo": "run everything on a small data set and compare with supervised training",
 }

@@ -11,6 +11,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ssl.cli.postprocess import add_cleaning_arguments
+
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.candidates import Candidate, Reference
 
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--images", type=Path, metavar="FOLDER", help="for the pictures (default: images.. beside labels.. if there)"
     )
+    add_cleaning_arguments(parser)
     parser.add_argument(
         "-o", dest="output", type=Path, default=Path("comparison"), metavar="DIR",
         help="folder for comparison.csv, comparison.json and report.html (default: comparison)",
@@ -53,10 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunet_ssl.evaluation.comparison import evaluate
     from nnunet_ssl.evaluation.formatting import terminal_tables
     from nnunet_ssl.evaluation.output import write_comparison
+    from nnunet_ssl.postprocessing import read_cleaning
 
     title, candidates, reference = _what_to_compare(arguments)
-    comparison = evaluate(candidates, reference, arguments.processes)
-    files = write_comparison(arguments.output, title, comparison, candidates, reference)
+    cleaning = read_cleaning(reference.dataset_json["labels"], arguments.remove_below, arguments.fill_holes)
+    comparison = evaluate(candidates, reference, arguments.processes, cleaning)
+    files = write_comparison(arguments.output, title, comparison, candidates, reference, cleaning)
     print(terminal_tables(comparison))
     if arguments.best:
         print("\nWARNING: checkpoint_best was chosen on these cases; the values are too good.")

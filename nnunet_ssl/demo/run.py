@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.demo.commands import Commands
-from nnunet_ssl.demo.comparison import draw_cases, score_table
+from nnunet_ssl.demo.picture import draw_cases
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.candidates import (
+    Candidate,
+    Query,
+    Reference,
+    find_given,
+    find_trained,
+    training_details,
+)
+from nnunet_ssl.evaluation.comparison import evaluate
+from nnunet_ssl.evaluation.formatting import terminal_tables
+from nnunet_ssl.evaluation.output import write_comparison
 from nnunet_ssl.label_names import labels_that_name_sides
 from nnunet_ssl.nnunet_folders import read_json
 from nnunet_ssl.precision import cpu_has_bfloat16
@@ -83,10 +94,16 @@ def run_demo(folder: Path, data: Path | None, labeled: int, budget: Budget) -> N
         output = str(predictions[trainer])
         words = ("-i", str(source / "imagesTs"), "-o", output, "-d", number, "-c", configuration, "-f", fold, *options)
         commands.run("nnUNetv2_predict", *words, "-npp", "1", "-nps", "1")
-        files = ("-djfile", str(model / "dataset.json"), "-pfile", str(model / "plans.json"))
-        commands.run("nnUNetv2_evaluate_folder", str(source / "labelsTs"), output, *files)
-    part = "Ts" if data is None else "Tr"
-    _report(folder, raw / dataset, part, predictions, dataset_json)
+    raw_dataset, models = raw / dataset, [results / f"{t}__{PLANS}__{configuration}" for t in predictions]
+    if data is None:
+        found, reference = find_given(predictions, raw_dataset / "labelsTs", dataset_json, raw_dataset / "imagesTs")
+        details = [training_details(model / f"fold_{fold}") for model in models]
+        candidates = [dataclasses.replace(c, settings=d[0], curves={fold: d[1]}) for c, d in zip(found, details)]
+    else:
+        preprocessed = folder / "nnUNet_preprocessed" / dataset
+        query = Query(results, preprocessed, raw_dataset, configuration, [fold])
+        candidates, reference = find_trained(query, list(predictions), [PLANS])
+    _report(folder, raw_dataset, "Ts" if data is None else "Tr", candidates, reference)
 
 
 def _plan(
@@ -119,15 +136,17 @@ def _plan(
     return configuration
 
 
-def _report(folder: Path, dataset: Path, part: str, predictions: dict[str, Path], dataset_json: dict[str, Any]) -> None:
-    table = score_table({t: p / "summary.json" for t, p in predictions.items()}, dataset_json["labels"])
-    (folder / "comparison.txt").write_text(table + "\n")
-    print(f"\n{table}\n\nPercent, mean over held-out cases; both trainers saw the same labels and iterations.")
-    ending = dataset_json["file_ending"]
-    identifiers = sorted(p.name[: -len(ending)] for p in predictions[BASELINE].glob(f"*{ending}"))[:NUM_SHOWN]
-    picture = folder / "comparison.png"
-    draw_cases(picture, identifiers, dataset / f"images{part}", dataset / f"labels{part}", predictions, dataset_json)
-    print(f"Table:   {folder / 'comparison.txt'}")
+def _report(folder: Path, dataset: Path, part: str, candidates: list[Candidate], reference: Reference) -> None:
+    comparison = evaluate(candidates, reference, processes=1)
+    *_, report = write_comparison(folder / "comparison", dataset.name, comparison, candidates, reference)
+    print(f"\n{terminal_tables(comparison)}\n")
+    print("Mean and standard deviation over held-out cases; both trainers saw the same labels and iterations.")
+    picture = folder / "comparison" / "cases.png"
+    predictions = {c.name: next(iter(c.predictions.values())).parent for c in candidates}
+    shown = comparison.cases[:NUM_SHOWN]
+    folders = (dataset / f"images{part}", dataset / f"labels{part}")
+    draw_cases(picture, shown, *folders, predictions, reference.dataset_json)
+    print(f"Report:  {report}")
     print(f"Picture: {picture}")
     print(f"Models:  {folder / 'nnUNet_results'}")
 

@@ -141,6 +141,16 @@ def find_given(
     return candidates, Reference(dataset_json, truth, {case: files for case, files in found_images.items() if files})
 
 
+def training_details(folder: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What a finished training ran with, by name, and its curves.
+
+    Args:
+        folder: Of one fold.
+    """
+    record = _record(folder)
+    return _settings(folder, record), _curves(folder / "checkpoint_final.pth")
+
+
 def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[str, Any]]) -> Candidate:
     ending = read_json(model / "dataset.json", "nnU-Net writes it when a training starts.")["file_ending"]
     files: dict[str, Path] = {}
@@ -167,8 +177,8 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
             raise UserError(f"{twice[0]} is held out in folds {folds[twice[0]]} and {fold}; compare one of them.")
         files |= {case: found[case] for case in sorted(found)}
         folds |= dict.fromkeys(found, fold)
-        settings = settings or _settings(folder, record)
-        curves[fold] = _curves(folder / "checkpoint_final.pth")
+        details = training_details(folder)
+        settings, curves[fold] = settings or details[0], details[1]
     return Candidate(name, files, folds, "best" if query.best else "final", settings, curves)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
-from nnunet_ssl.evaluation.comparison import MEAN, Comparison, read_labels, reader_class
+from nnunet_ssl.evaluation.comparison import MEAN, Comparison
 from nnunet_ssl.evaluation.figures import TRUTH_COLOR, color, contour_picture
+from nnunet_ssl.label_maps import read_image, read_labels, reader_class
+from nnunet_ssl.postprocessing import Cleaning, clean
 
 # Display window of an image's gray values, in percentiles.
 _WINDOW = (0.5, 99.5)
@@ -29,7 +31,9 @@ class CasePicture:
     pictures: list[bytes]
 
 
-def draw_cases(comparison: Comparison, candidates: Sequence[Candidate], reference: Reference) -> list[CasePicture]:
+def draw_cases(
+    comparison: Comparison, candidates: Sequence[Candidate], reference: Reference, cleaning: Cleaning | None = None
+) -> list[CasePicture]:
     """Worst, median and best case by Dice, mean over structures and candidates; empty where there are no images."""
     dice = comparison.per_structure("Dice")
     scores = np.ma.masked_invalid(dice.get(MEAN, next(iter(dice.values())))).mean(0).filled(np.nan)
@@ -43,15 +47,19 @@ def draw_cases(comparison: Comparison, candidates: Sequence[Candidate], referenc
         case = comparison.cases[i]
         if case in reference.images:
             named = f"{title}: {case}, mean Dice {scores[i]:.3f}"
-            pictures.append(CasePicture(named, _draw_case(case, candidates, reference)))
+            pictures.append(CasePicture(named, _draw_case(case, candidates, reference, cleaning)))
     return pictures
 
 
-def _draw_case(case: str, candidates: Sequence[Candidate], reference: Reference) -> list[bytes]:
-    reader = reader_class(reference)
-    truth, spacing = read_labels(reference.labels[case], reader)
-    predicted = [read_labels(c.predictions[case], reader)[0] for c in candidates]
-    channels = read_image([str(file) for file in reference.images[case]], reader, truth.ndim)
+def _draw_case(
+    case: str, candidates: Sequence[Candidate], reference: Reference, cleaning: Cleaning | None
+) -> list[bytes]:
+    reader = reader_class(reference.dataset_json, reference.labels[case])
+    truth, spacing, *_ = read_labels(reference.labels[case], reader)
+    predicted = [read_labels(c.predictions[case], reader).labels for c in candidates]
+    if cleaning:
+        predicted = [clean(labels, spacing, cleaning) for labels in predicted]
+    channels = read_image(reference.images[case], reader)
     if channels.shape[1:] != truth.shape:
         raise UserError(f"The image of {case} has shape {channels.shape[1:]}, its label map {truth.shape}.")
     # Color where the file is a color image, else the first channel.
@@ -72,27 +80,6 @@ def _draw_case(case: str, candidates: Sequence[Candidate], reference: Reference)
         plane = [(labels.take(center[axis], axis), line_color) for labels, line_color in maps]
         pictures.append(contour_picture(image.take(center[axis], axis), plane, spacing[rows] / spacing[columns]))
     return pictures
-
-
-def read_image(files: Sequence[str], reader: type, dims: int) -> np.ndarray:
-    """An image (C, *S), without the axis of length one of 2D images.
-
-    Args:
-        files: Its channels.
-        reader: nnU-Net's.
-        dims: 2 or 3.
-
-    Raises:
-        UserError: Where it cannot be read.
-    """
-    try:
-        image, _ = reader().read_images(list(files))
-    except Exception as error:
-        raise UserError(f"{files[0]} cannot be read as an image: {error}") from None
-    if dims == 3:
-        return np.asarray(image)
-    single = [axis for axis in range(1, 4) if image.shape[axis] == 1]
-    return np.asarray(image.squeeze(single[0]))
 
 
 def _center(labels: np.ndarray) -> list[int]:

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
 from nnunet_ssl.evaluation.metrics import DISTANCES, LOWER_IS_BETTER, METRICS, case_metrics, structures_of
 from nnunet_ssl.evaluation.statistics import Difference, compare_to_first
+from nnunet_ssl.label_maps import read_labels, reader_class
+from nnunet_ssl.postprocessing import Cleaning, clean
 
 MEAN = "mean"
 NUM_WORST = 5
@@ -95,13 +96,16 @@ class Comparison:
         return [(self.cases[i], float(dice[i])) for i in order[:NUM_WORST] if not np.isnan(dice[i])]
 
 
-def evaluate(candidates: Sequence[Candidate], reference: Reference, processes: int) -> Comparison:
+def evaluate(
+    candidates: Sequence[Candidate], reference: Reference, processes: int, cleaning: Cleaning | None = None
+) -> Comparison:
     """Score all candidates in parallel processes, with a progress bar.
 
     Args:
         candidates: Checked to have the same cases.
         reference: The truth.
         processes: How many; 1 works in this process.
+        cleaning: Done to every prediction first.
 
     Raises:
         UserError: Where candidates differ in cases, or a file cannot be read or has another shape.
@@ -116,9 +120,9 @@ def evaluate(candidates: Sequence[Candidate], reference: Reference, processes: i
             raise UserError(f"{candidate.name} predicted {different[0]} in another fold than {candidates[0].name}.")
     structures = structures_of(reference.dataset_json["labels"])
     ignore = reference.dataset_json["labels"].get("ignore")
-    reader = reader_class(reference)
+    reader = reader_class(reference.dataset_json, reference.labels[cases[0]])
     jobs = {
-        case: (reference.labels[case], [c.predictions[case] for c in candidates], reader, structures, ignore)
+        case: (reference.labels[case], [c.predictions[case] for c in candidates], reader, structures, ignore, cleaning)
         for case in cases
     }
     results = _run(jobs, processes)
@@ -131,32 +135,6 @@ def evaluate(candidates: Sequence[Candidate], reference: Reference, processes: i
                     values[column][j, i, k] = scores[name][column]
     unit = "px" if issubclass(reader, NaturalImage2DIO) else "mm"
     return Comparison([c.name for c in candidates], cases, list(structures), unit, values)
-
-
-def reader_class(reference: Reference) -> type:
-    """nnU-Net's reader of this data set."""
-    example = str(next(iter(reference.labels.values())))
-    reader: type = determine_reader_writer_from_dataset_json(reference.dataset_json, example, verbose=False)
-    return reader
-
-
-def read_labels(file: Path, reader: type) -> tuple[np.ndarray, tuple[float, ...]]:
-    """A label map (*S) and its spacing; 2D images without the axis of length one that nnU-Net gives them.
-
-    Raises:
-        UserError: Where the file cannot be read.
-    """
-    try:
-        labels, properties = reader().read_seg(str(file))
-    except Exception as error:
-        raise UserError(f"{file} cannot be read as a label map: {error}") from None
-    spacing = tuple(float(s) for s in properties["spacing"])
-    kept = tuple(axis for axis in range(3) if labels.shape[1 + axis] > 1)
-    if len(kept) < 2:
-        kept = (1, 2)
-    if len(kept) == 3:
-        return labels[0], spacing
-    return labels[0].squeeze(tuple(set(range(3)) - set(kept))), tuple(spacing[axis] for axis in kept)
 
 
 def write_csv(comparison: Comparison, candidates: Sequence[Candidate]) -> bytes:
@@ -174,7 +152,7 @@ def write_csv(comparison: Comparison, candidates: Sequence[Candidate]) -> bytes:
     return text.getvalue().encode()
 
 
-def as_json(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[str, Any]:
+def as_json(comparison: Comparison, candidates: Sequence[Candidate], post_processing: str | None) -> dict[str, Any]:
     """Summary and differences of every metric and structure; null where there is no value."""
     rows = [
         {
@@ -192,6 +170,7 @@ def as_json(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[str
         {
             "reference": comparison.names[0],
             "unit_of_distances": comparison.unit,
+            "post_processing": post_processing,
             "cases": comparison.cases,
             "trainers": {
                 c.name: {
@@ -230,14 +209,21 @@ def _run(jobs: dict[str, tuple[Any, ...]], processes: int) -> dict[str, list[dic
 
 
 def _score_case(
-    label: Path, predictions: list[Path], reader: type, structures: dict[str, Any], ignore: int | None
+    label: Path,
+    predictions: list[Path],
+    reader: type,
+    structures: dict[str, Any],
+    ignore: int | None,
+    cleaning: Cleaning | None,
 ) -> list[dict[str, dict[str, float]]]:
-    truth, spacing = read_labels(label, reader)
+    truth, spacing, *_ = read_labels(label, reader)
     scores = []
     for file in predictions:
-        predicted, _ = read_labels(file, reader)
+        predicted = read_labels(file, reader).labels
         if predicted.shape != truth.shape:
             raise UserError(f"{file} has shape {predicted.shape}, its label map {label} has {truth.shape}.")
+        if cleaning:
+            predicted = clean(predicted, spacing, cleaning)
         scores.append(case_metrics(truth, predicted, structures, spacing, ignore))
     return scores
 

@@ -11,10 +11,16 @@ from nnunet_ssl.evaluation.case_pictures import draw_cases
 from nnunet_ssl.evaluation.comparison import Comparison, as_json, write_csv
 from nnunet_ssl.evaluation.report import build_report
 from nnunet_ssl.files import write_atomically
+from nnunet_ssl.postprocessing import Cleaning
 
 
 def write_comparison(
-    folder: Path, title: str, comparison: Comparison, candidates: Sequence[Candidate], reference: Reference
+    folder: Path,
+    title: str,
+    comparison: Comparison,
+    candidates: Sequence[Candidate],
+    reference: Reference,
+    cleaning: Cleaning | None = None,
 ) -> list[Path]:
     """Write comparison.csv, comparison.json and report.html.
 
@@ -24,14 +30,21 @@ def write_comparison(
         comparison: All values.
         candidates: In the same order.
         reference: For the pictures.
+        cleaning: What was done to every prediction before it was scored.
 
     Returns:
         The files.
     """
-    report = build_report(title, comparison, candidates, draw_cases(comparison, candidates, reference))
+    said = cleaning.describe(reference.dataset_json["labels"]) if cleaning else None
+    report = build_report(
+        f"{title}; {said}" if said else title,
+        comparison,
+        candidates,
+        draw_cases(comparison, candidates, reference, cleaning),
+    )
     contents = {
         "comparison.csv": write_csv(comparison, candidates),
-        "comparison.json": json.dumps(as_json(comparison, candidates), indent=2).encode(),
+        "comparison.json": json.dumps(as_json(comparison, candidates, said), indent=2).encode(),
         "report.html": report.encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)

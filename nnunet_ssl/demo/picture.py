@@ -1,4 +1,4 @@
-"""The demo's end: a table of Dice and IoU per structure, and a picture of some cases."""
+"""The demo's picture of some cases."""
 
 from __future__ import annotations
 
@@ -8,31 +8,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-
-
-def score_table(summaries: Mapping[str, Path], labels: Mapping[str, Any]) -> str:
-    """Structure x trainer, Dice and IoU in percent, from nnU-Net's summary.json files.
-
-    Args:
-        summaries: Trainer to summary.json.
-        labels: As in dataset.json.
-    """
-    means = {trainer: load_json(str(file))["mean"] for trainer, file in summaries.items()}
-    structures = {name: _key(value) for name, value in labels.items() if name not in ("background", "ignore")}
-    rows = [["structure", *(f"{trainer} {metric}" for trainer in means for metric in ("Dice", "IoU"))]]
-    for name, key in structures.items():
-        rows.append([name, *(f"{100 * scores[key][m]:.1f}" for scores in means.values() for m in ("Dice", "IoU"))])
-    averages = [
-        f"{100 * np.nanmean([scores[key][m] for key in structures.values()]):.1f}"
-        for scores in means.values()
-        for m in ("Dice", "IoU")
-    ]
-    rows.append(["mean", *averages])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths)) for row in rows)
 
 
 def draw_cases(
@@ -81,8 +58,3 @@ def draw_cases(
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def _key(value: Any) -> str:
-    """How summary.json names a label or a region."""
-    return str(tuple(value)) if isinstance(value, list) else str(value)

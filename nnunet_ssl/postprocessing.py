@@ -1,0 +1,126 @@
+"""Removal of small objects and filling of holes, per structure, as in Bortsova et al. (MICCAI 2019)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import binary_fill_holes, generate_binary_structure, label
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.label_maps import read_labels, write_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaning:
+    """What is done to a label map.
+
+    Attributes:
+        smallest: Label to the size in mm^3 (in 2D mm^2 or pixels) that an object must reach to stay.
+        filled: Labels whose holes are filled.
+    """
+
+    smallest: Mapping[int, float]
+    filled: frozenset[int]
+
+    def __bool__(self) -> bool:
+        return bool(self.smallest or self.filled)
+
+    def describe(self, labels: Mapping[str, Any]) -> str:
+        """In words, with the names of dataset.json's ``labels``."""
+        names = {value: name for name, value in labels.items() if isinstance(value, int)}
+        parts = []
+        if self.smallest:
+            sizes = ", ".join(f"{names.get(value, value)} {size:g}" for value, size in self.smallest.items())
+            parts.append(f"objects removed below {sizes}")
+        if self.filled:
+            parts.append(f"holes filled in {', '.join(str(names.get(v, v)) for v in sorted(self.filled))}")
+        return "; ".join(parts)
+
+
+def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> np.ndarray:
+    """Remove small objects, then fill holes.
+
+    An object is a set of voxels of one label that touch, at corners too. A hole is background that its structure
+    encloses: no path over faces leads from it to the border of the image. Voxels of other structures stay as they are.
+
+    Args:
+        labels: Label map (*S), 2D or 3D.
+        spacing: Voxel size per axis, in mm.
+        cleaning: What to do.
+
+    Returns:
+        A new label map.
+    """
+    cleaned = labels.copy()
+    touching = generate_binary_structure(labels.ndim, labels.ndim)
+    for value, smallest in cleaning.smallest.items():
+        objects, _ = label(labels == value, touching)
+        sizes = np.bincount(objects.ravel()) * float(np.prod(spacing))
+        too_small = sizes < smallest
+        too_small[0] = False
+        cleaned[too_small[objects]] = 0
+    for value in sorted(cleaning.filled):
+        holes = binary_fill_holes(cleaned == value) & (cleaned == 0)
+        cleaned[holes] = value
+    return cleaned
+
+
+def read_cleaning(
+    labels: Mapping[str, Any], remove_below: Sequence[str] | None, fill: Sequence[str] | None
+) -> Cleaning:
+    """What the command line asks for.
+
+    Args:
+        labels: ``labels`` of dataset.json.
+        remove_below: ``SIZE`` for all structures, ``NAME=SIZE`` for one; the last word counts.
+        fill: Names of structures; all if empty, none if absent.
+
+    Raises:
+        UserError: For an unknown name or a size that is no number.
+    """
+    names = {name: value for name, value in labels.items() if name not in ("background", "ignore")}
+    smallest: dict[int, float] = {}
+    for word in remove_below or ():
+        name, separator, size = word.rpartition("=")
+        try:
+            number = float(size)
+        except ValueError:
+            number = -1.0
+        if not number > 0:
+            raise UserError(f"--remove-below {word!r}: expected SIZE or NAME=SIZE with a size above zero.")
+        for value in _values(names, [name] if separator else []):
+            smallest[value] = number
+    return Cleaning(smallest, frozenset(_values(names, fill) if fill is not None else ()))
+
+
+def clean_file(source: Path, target: Path, reader: type, cleaning: Cleaning) -> int:
+    """Clean one file; it appears complete or not at all.
+
+    Args:
+        source: Label map.
+        target: Where the result goes, with the same ending.
+        reader: nnU-Net's reader and writer.
+        cleaning: What to do.
+
+    Returns:
+        How many voxels changed.
+
+    Raises:
+        UserError: Where the file cannot be read.
+    """
+    found = read_labels(source, reader)
+    cleaned = clean(found.labels, found.spacing, cleaning)
+    write_labels(cleaned, found, target, reader)
+    return int((cleaned != found.labels).sum())
+
+
+def _values(names: Mapping[str, Any], wanted: Sequence[str]) -> list[int]:
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise UserError(f"There is no structure {unknown[0]!r}; there are {', '.join(names)}.")
+    chosen = [names[name] for name in wanted or names]
+    return sorted({int(v) for value in chosen for v in (value if isinstance(value, (list, tuple)) else [value])})
