@@ -58,7 +58,9 @@ class TermLogger(LocalLogger):
         said = []
         for title, names in self.panels.items():
             values = [(name, self.my_fantastic_logging[self.key(name)][-1]) for name in names]
-            text = ", ".join(f"{name} {value:.4f}" for name, value in values if not math.isnan(value))
+            text = ", ".join(
+                f"{name.removeprefix(self.weight(''))} {value:.4f}" for name, value in values if not math.isnan(value)
+            )
             said += [f"{title}s: {text}"] if text else []
         return said
 

@@ -103,6 +103,34 @@ def test_the_other_trainers_and_pretrained_weights(day_2d, trainer):
         assert "13 unlabeled cases (6 hidden label, 2 imagesTs, 3 imagesUn, 2 validation image)" in log
 
 
+def test_compare_agrees_with_nnunets_evaluation_and_knows_the_checkpoint(day_2d):
+    train = ("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-device", "cpu", "-tr")
+    if not (model(day_2d, "nnUNetTrainerSupervised") / "validation" / "summary.json").is_file():
+        day_2d.run(*train, "nnUNetTrainerSupervised")
+    trainers = ("nnUNetTrainerSupervised", "nnUNetTrainerSemiTC")
+    words = ("nnunet-ssl", "compare", "-d", "901", "-c", "2d", "-f", "5", "-p", "Quick", "-np", "1", "-tr", *trainers)
+    output = day_2d.run(*words, "-o", "compared")
+    assert "nnUNetTrainerSemiTC, mean Dice (%)" in output
+    results = json.loads((day_2d.root / "compared" / "comparison.json").read_text())["results"]
+    for trainer in trainers:
+        summary = json.loads((model(day_2d, trainer) / "validation" / "summary.json").read_text())
+        for metric in ("Dice", "IoU"):
+            mean = next(r for r in results if (r["metric"], r["structure"]) == (metric, "mean"))
+            assert mean["trainers"][trainer]["mean"] == pytest.approx(summary["foreground_mean"][metric])
+    page = (day_2d.root / "compared" / "report.html").read_text()
+    assert all(text in page for text in ("stability", "weight_consistency", "supervised_fraction", "nnunetv2"))
+
+    day_2d.run(*train, "nnUNetTrainerSemiTC", "--val", "--val_best")
+    refused = day_2d.run(*words, "-o", "best", status=2)
+    assert "nnUNetTrainerSemiTC, fold 5 was validated with checkpoint_best.pth" in refused
+    assert not (day_2d.root / "best").exists()
+    day_2d.run(*train, "nnUNetTrainerSemiTC", "--val")
+    day_2d.run(*words, "-o", "again")
+    assert (day_2d.root / "again" / "comparison.csv").read_text() == (
+        day_2d.root / "compared" / "comparison.csv"
+    ).read_text()
+
+
 def test_continue_and_validate_again(day_2d):
     folder = model(day_2d, "nnUNetTrainerSemiTC")
     train = ("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-tr", "nnUNetTrainerSemiTC", "-device", "cpu")

@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_ssl.augmentation import Augmentation, warning_about_sides
-from nnunet_ssl.cli import main
+from nnunet_ssl.cli import VERBS, main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.label_names import labels_that_name_sides
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised, nnUNetTrainerSupTC
@@ -127,7 +127,7 @@ def test_progress_png_shows_the_terms(tmp_path, monkeypatch):
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
     from PIL import Image
 
-    plain, ours = LocalLogger(), TermLogger(("supervised", "consistency"))
+    plain, ours = LocalLogger(), TermLogger(("supervised", "consistency"), ("consistency",), ("reliable",))
     for logger in (plain, ours):
         for key in logger.my_fantastic_logging:
             logger.my_fantastic_logging[key] = [float("nan"), 0.5, 0.4]
@@ -139,6 +139,40 @@ def test_progress_png_shows_the_terms(tmp_path, monkeypatch):
     assert sizes[1][0] == sizes[0][0]
     assert sizes[1][1] > sizes[0][1] * 1.2
     assert os.listdir(tmp_path) == ["progress.png"]
+
+
+class Recorder:
+    """Stands for nnU-Net's W&B logger."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def log(self, key: str, value: float, step: int) -> None:
+        self.values.setdefault(key, []).append(value)
+
+    def update_config(self, config: dict) -> None: ...
+
+    def log_summary(self, key: str, value: float) -> None: ...
+
+
+def test_terms_weights_and_statistics_reach_every_logger_of_nnunet(tiny, trainer_class):
+    trainer = tiny.trainer(trainer_class)
+    recorder = Recorder()
+    trainer.logger.loggers.append(recorder)
+    trainer.run_training()
+    weights = [TermLogger.weight(name) for name in trainer.unlabeled_terms]
+    statistics = [*trainer.statistic_names, *(["stability"] if trainer.uses_unlabeled else [])]
+    for name in (*trainer.term_names, *weights, *statistics):
+        assert len(recorder.values[TermLogger.key(name)]) == trainer.num_epochs, name
+    assert np.isfinite([recorder.values[TermLogger.key(name)][-1] for name in (*trainer.term_names, *weights)]).all()
+
+
+def test_the_log_says_what_an_epoch_gave_and_nothing_else():
+    logger = TermLogger(("supervised", "consistency"), ("consistency",), (), ("stability",))
+    for name, value in (("supervised", 0.5), ("consistency", float("nan")), ("weight_consistency", 0.25)):
+        logger.log(TermLogger.key(name), value, 0)
+    logger.log(TermLogger.key("stability"), float("nan"), 0)
+    assert logger.lines() == ["loss terms: supervised 0.5000", "weights: consistency 0.2500"]
 
 
 def test_bfloat16_on_the_cpu_is_off_by_default(tiny):
@@ -246,7 +280,7 @@ def test_trainers_lists_every_trainer_and_hyperparameter(capsys):
 
 
 def test_every_verb_explains_itself(capsys):
-    for verb in ([], ["env"], ["trainers"], ["preprocess"], ["split"], ["configure"], ["demo"]):
+    for verb in ([], *([verb] for verb in VERBS)):
         with pytest.raises(SystemExit) as stop:
             main([*verb, "--help"])
         assert stop.value.code == 0
