@@ -57,7 +57,9 @@ class TermLogger(LocalLogger):
         """What the log says of the epoch that has just ended; nothing of what was not computed in it."""
         said = []
         for title, names in self.panels.items():
-            values = [(name, self.my_fantastic_logging[self.key(name)][-1]) for name in names]
+            series = [(name, self.my_fantastic_logging[self.key(name)]) for name in names]
+            # Under DDP, what one rank alone looks at is missing on the others.
+            values = [(name, logged[-1]) for name, logged in series if logged]
             text = ", ".join(
                 f"{name.removeprefix(self.weight(''))} {value:.4f}" for name, value in values if not math.isnan(value)
             )

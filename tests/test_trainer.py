@@ -171,6 +171,7 @@ def test_the_log_says_what_an_epoch_gave_and_nothing_else():
     logger = TermLogger(("supervised", "consistency"), ("consistency",), (), ("stability",))
     for name, value in (("supervised", 0.5), ("consistency", float("nan")), ("weight_consistency", 0.25)):
         logger.log(TermLogger.key(name), value, 0)
+    assert logger.lines() == ["loss terms: supervised 0.5000", "weights: consistency 0.2500"]
     logger.log(TermLogger.key("stability"), float("nan"), 0)
     assert logger.lines() == ["loss terms: supervised 0.5000", "weights: consistency 0.2500"]
 
