@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_ssl.errors import UserError
 
@@ -60,6 +62,14 @@ def read_labels(file: Path, reader: type) -> LabelMap:
     return LabelMap(labels[0].squeeze(left_out), spacing, left_out, properties)
 
 
+def knows_spacing(file: Path, reader: type) -> bool:
+    """Whether a label map says how large its voxels are; where not, nnU-Net's readers take them as 1."""
+    if issubclass(reader, NaturalImage2DIO):
+        return False
+    # nnU-Net keeps the spacing of TIFF files beside them, and copies of label maps lack it.
+    return not issubclass(reader, Tiff3DIO) or file.with_suffix(".json").is_file()
+
+
 def write_labels(labels: np.ndarray, like: LabelMap, target: Path, reader: type) -> None:
     """Write a label map; the file appears complete or not at all.
 
@@ -72,7 +82,9 @@ def write_labels(labels: np.ndarray, like: LabelMap, target: Path, reader: type)
     folder = Path(tempfile.mkdtemp(prefix=".part_", dir=target.parent))
     try:
         reader().write_seg(np.expand_dims(labels, like.left_out), str(folder / target.name), like.properties)
-        os.replace(folder / target.name, target)
+        # Some formats have a second file, for the spacing; the label map comes last.
+        for file in sorted(folder.iterdir(), key=lambda written: written.name == target.name):
+            os.replace(file, target.with_name(file.name))
     finally:
         shutil.rmtree(folder)
 

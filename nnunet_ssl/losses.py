@@ -138,8 +138,11 @@ def hard_labels(logits: Tensor, like: Tensor, has_regions: bool) -> Tensor:
 
 
 def label_map(logits: Tensor, has_regions: bool) -> Tensor:
-    """Labels (B, *S) of logits (B, K, *S), to be looked at; of regions, how many hold at a voxel."""
-    return (logits > 0).sum(1) if has_regions else logits.argmax(1)
+    """Labels (B, *S) of logits (B, K, *S), to be looked at; of regions, a number for each combination that holds."""
+    if not has_regions:
+        return logits.argmax(1)
+    powers = 2 ** torch.arange(logits.shape[1], device=logits.device)
+    return torch.einsum("bk...,k->b...", (logits > 0).long(), powers)
 
 
 def entropy(log_p: Tensor) -> Tensor:

@@ -66,7 +66,11 @@ class Monitor:
         self._last = labels
         if picture is not None:
             images = view.pop(IMAGE, self._images)
-            replace_atomically(picture, lambda file: _draw(file, self.identifiers, images, view))
+            try:
+                replace_atomically(picture, lambda file: _draw(file, self.identifiers, images, view))
+            except OSError as error:
+                # A full disk must not end a training for a picture's sake.
+                trainer.print_to_log_file(f"WARNING: {picture} was not written: {error}")
         return stability
 
 
@@ -105,7 +109,7 @@ def _draw(file: str, identifiers: Sequence[str], images: Tensor, view: Mapping[s
         index = int(foreground.flatten(1).sum(1).argmax()) if foreground.ndim == 3 else None
         shown = images[b, 0].float().cpu()
         row[0].imshow(shown if index is None else shown[index], cmap="gray")
-        row[0].set_title(identifier, fontsize=8)
+        row[0].set_title(identifier, fontsize=8, parse_math=False)
         for axes, (name, values) in zip(row[1:], view.items()):
             plane = values[b].cpu() if index is None else values[b, index].cpu()
             is_mask = values.dtype == torch.bool

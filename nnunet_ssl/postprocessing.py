@@ -13,38 +13,41 @@ from scipy.ndimage import binary_fill_holes, generate_binary_structure, label
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.label_maps import read_labels, write_labels
 
+Labels = tuple[int, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Cleaning:
-    """What is done to a label map.
+    """What is done to a label map. A structure is one label, or the labels of a region together.
 
     Attributes:
-        smallest: Label to the size in mm^3 (in 2D mm^2 or pixels) that an object must reach to stay.
-        filled: Labels whose holes are filled.
+        smallest: Structure to the size in mm^3 (in 2D mm^2 or pixels) that an object must reach to stay.
+        filled: Structures whose holes are filled, with the first of their labels.
+        names: Structure to its name.
     """
 
-    smallest: Mapping[int, float]
-    filled: frozenset[int]
+    smallest: Mapping[Labels, float]
+    filled: tuple[Labels, ...]
+    names: Mapping[Labels, str]
 
     def __bool__(self) -> bool:
         return bool(self.smallest or self.filled)
 
-    def describe(self, labels: Mapping[str, Any]) -> str:
-        """In words, with the names of dataset.json's ``labels``."""
-        names = {value: name for name, value in labels.items() if isinstance(value, int)}
+    def describe(self) -> str:
+        """In words."""
         parts = []
         if self.smallest:
-            sizes = ", ".join(f"{names.get(value, value)} {size:g}" for value, size in self.smallest.items())
+            sizes = ", ".join(f"{self.names[labels]} {size:g}" for labels, size in self.smallest.items())
             parts.append(f"objects removed below {sizes}")
         if self.filled:
-            parts.append(f"holes filled in {', '.join(str(names.get(v, v)) for v in sorted(self.filled))}")
+            parts.append(f"holes filled in {', '.join(self.names[labels] for labels in self.filled)}")
         return "; ".join(parts)
 
 
 def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> np.ndarray:
     """Remove small objects, then fill holes.
 
-    An object is a set of voxels of one label that touch, at corners too. A hole is background that its structure
+    An object is a set of voxels of one structure that touch, at corners too. A hole is background that its structure
     encloses: no path over faces leads from it to the border of the image. Voxels of other structures stay as they are.
 
     Args:
@@ -57,15 +60,15 @@ def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> n
     """
     cleaned = labels.copy()
     touching = generate_binary_structure(labels.ndim, labels.ndim)
-    for value, smallest in cleaning.smallest.items():
-        objects, _ = label(labels == value, touching)
+    for structure, smallest in cleaning.smallest.items():
+        objects, _ = label(np.isin(labels, structure), touching)
         sizes = np.bincount(objects.ravel()) * float(np.prod(spacing))
         too_small = sizes < smallest
         too_small[0] = False
         cleaned[too_small[objects]] = 0
-    for value in sorted(cleaning.filled):
-        holes = binary_fill_holes(cleaned == value) & (cleaned == 0)
-        cleaned[holes] = value
+    for structure in cleaning.filled:
+        holes = binary_fill_holes(np.isin(cleaned, structure)) & (cleaned == 0)
+        cleaned[holes] = structure[0]
     return cleaned
 
 
@@ -82,8 +85,12 @@ def read_cleaning(
     Raises:
         UserError: For an unknown name or a size that is no number.
     """
-    names = {name: value for name, value in labels.items() if name not in ("background", "ignore")}
-    smallest: dict[int, float] = {}
+    structures = {
+        name: tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+        for name, value in labels.items()
+        if name not in ("background", "ignore")
+    }
+    smallest: dict[Labels, float] = {}
     for word in remove_below or ():
         name, separator, size = word.rpartition("=")
         try:
@@ -92,9 +99,9 @@ def read_cleaning(
             number = -1.0
         if not number > 0:
             raise UserError(f"--remove-below {word!r}: expected SIZE or NAME=SIZE with a size above zero.")
-        for value in _values(names, [name] if separator else []):
-            smallest[value] = number
-    return Cleaning(smallest, frozenset(_values(names, fill) if fill is not None else ()))
+        smallest |= dict.fromkeys(_chosen(structures, [name] if separator else []), number)
+    filled = tuple(_chosen(structures, fill)) if fill is not None else ()
+    return Cleaning(smallest, filled, {labels: name for name, labels in structures.items()})
 
 
 def clean_file(source: Path, target: Path, reader: type, cleaning: Cleaning) -> int:
@@ -118,9 +125,8 @@ def clean_file(source: Path, target: Path, reader: type, cleaning: Cleaning) -> 
     return int((cleaned != found.labels).sum())
 
 
-def _values(names: Mapping[str, Any], wanted: Sequence[str]) -> list[int]:
-    unknown = [name for name in wanted if name not in names]
+def _chosen(structures: Mapping[str, Labels], wanted: Sequence[str]) -> list[Labels]:
+    unknown = [name for name in wanted if name not in structures]
     if unknown:
-        raise UserError(f"There is no structure {unknown[0]!r}; there are {', '.join(names)}.")
-    chosen = [names[name] for name in wanted or names]
-    return sorted({int(v) for value in chosen for v in (value if isinstance(value, (list, tuple)) else [value])})
+        raise UserError(f"There is no structure {unknown[0]!r}; there are {', '.join(structures)}.")
+    return [structures[name] for name in wanted or structures]

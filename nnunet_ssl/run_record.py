@@ -43,12 +43,12 @@ def write_record(trainer: SemiSupervisedTrainer, unlabeled: list[UnlabeledCase])
     )
 
 
-def note_validation(trainer: SemiSupervisedTrainer, checkpoint: str) -> None:
+def note_validation(trainer: SemiSupervisedTrainer, checkpoint: str | None) -> None:
     """Add which checkpoint the predictions in validation/ come from.
 
     Args:
         trainer: Whose validation has just ended.
-        checkpoint: File name.
+        checkpoint: File name; None while a validation runs.
     """
     file = os.path.join(trainer.output_folder, RECORD_FILE)
     if os.path.isfile(file):

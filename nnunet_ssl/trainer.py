@@ -259,7 +259,9 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             self.dataloader_unlabeled._finish()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's; then note which checkpoint predicted."""
+        """nnU-Net's; then note which checkpoint predicted. Until it has ended, none has."""
+        if self.local_rank == 0:
+            note_validation(self, None)
         super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:
             note_validation(self, self._weights_file)

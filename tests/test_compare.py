@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.evaluation.comparison import MEAN
 from nnunet_ssl.run_record import RECORD_FILE
 
 DATASET, CONFIGURATION = "Dataset902_Shapes", "2d"
@@ -36,6 +37,10 @@ def label_map(seed: int, side: int = 40) -> np.ndarray:
     corner = generator.integers(22, 28, 2)
     labels[corner[0] : corner[0] + 8, corner[1] : corner[1] + 8] = 2
     return labels
+
+
+def log_text(num_training: int) -> str:
+    return f"This split has {num_training} training and 3 validation cases.\nEpoch 0\n"
 
 
 class Results:
@@ -73,7 +78,7 @@ class Results:
         (folder / "validation" / "summary.json").write_text("{}")
         logging = {k: [0.5, 0.4] for k in ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs")}
         if trainer == "nnUNetTrainer":
-            (folder / "training_log_1.txt").write_text("This split has 2 training and 3 validation cases.\n")
+            (folder / "training_log_2026_9_30_1.txt").write_text(log_text(2))
             (folder / "debug.json").write_text(json.dumps({"num_epochs": "2", "torch_version": "2"}))
         else:
             logging["ssl_consistency"] = [0.3, float("nan")]
@@ -119,7 +124,7 @@ def test_values_are_those_of_the_shifts(results: Results, capsys: pytest.Capture
             assert float(row["Dice"]) == pytest.approx((8 - shift) / 8)
             assert float(row["HD95_px"]) == shift
         assert row["fold"] == ("0" if row["case"] in "abc" else "1")
-        assert row["checkpoint"] == "final"
+        assert row["checkpoint"] == ("final (not recorded)" if row["trainer"] == "nnUNetTrainer" else "final")
     content = json.loads((results.root / "out" / "comparison.json").read_text())
     found = {(r["metric"], r["structure"]): r for r in content["results"]}
     square = found["Dice", "square"]
@@ -129,7 +134,7 @@ def test_values_are_those_of_the_shifts(results: Results, capsys: pytest.Capture
     assert (difference["wins"], difference["losses"]) == (0, 6)
     assert found["HD95", "square"]["differences"]["nnUNetTrainerSemiTC"]["losses"] == 6
     mean = np.mean([found["Dice", s]["trainers"]["nnUNetTrainer"]["mean"] for s in ("disk", "square")])
-    assert found["Dice", "mean"]["trainers"]["nnUNetTrainer"]["mean"] == pytest.approx(mean)
+    assert found["Dice", MEAN]["trainers"]["nnUNetTrainer"]["mean"] == pytest.approx(mean)
     printed = capsys.readouterr().out
     assert "87.5 ± 0.0" in printed
     assert "report.html" in printed
@@ -148,8 +153,9 @@ def test_an_empty_prediction_is_missing_for_distances_and_counted(results: Resul
     assert dice["trainers"]["nnUNetTrainerSemiTC"]["missing"] == 0
     assert dice["trainers"]["nnUNetTrainerSemiTC"]["mean"] == pytest.approx(5 / 6 * 0.75)
     # The mean over structures pairs only what both have: the disk alone in case a.
-    mean = found["HD95", "mean"]["differences"]["nnUNetTrainerSemiTC"]
+    mean = found["HD95", MEAN]["differences"]["nnUNetTrainerSemiTC"]
     assert mean["missing"] == 0
+    assert found["HD95", MEAN]["trainers"]["nnUNetTrainerSemiTC"]["missing"] == 1
     worst = content["trainers"]["nnUNetTrainerSemiTC"]["worst_cases"]
     assert worst[0][0] == "a"
 
@@ -172,9 +178,13 @@ def test_other_labeled_cases_are_refused_and_named(results, capsys):
 
 
 def test_another_number_of_labels_in_nnunets_log_is_refused(results, capsys):
-    (results.folder("nnUNetTrainer", 0) / "training_log_2.txt").write_text(
-        "This split has 64 training and 3 validation cases.\n"
-    )
+    folder = results.folder("nnUNetTrainer", 0)
+    # An older training, and a later validation alone, say nothing of the last training.
+    (folder / "training_log_2025_10_1_1.txt").write_text(log_text(64))
+    (folder / "training_log_2026_11_1_1.txt").write_text(log_text(64).replace("Epoch", ""))
+    assert compare(results) == 0
+    shutil.rmtree(results.root / "out")
+    (folder / "training_log_2026_10_1_1.txt").write_text(log_text(64))
     assert "was trained on 64 and validated on 3 cases; splits_final.json now has 2 and 3" in refused(results, capsys)
 
 
@@ -204,11 +214,71 @@ def test_what_is_missing_or_broken_is_named(results, capsys, break_it, message):
     assert message in refused(results, capsys)
 
 
+def test_a_training_that_was_begun_again_is_refused(results, capsys):
+    file = results.folder("nnUNetTrainerSemiTC", 0) / RECORD_FILE
+    record = json.loads(file.read_text())
+    del record["validated_with"]
+    file.write_text(json.dumps(record))
+    assert "has not been validated since its last training began" in refused(results, capsys)
+
+
+def test_a_broken_image_costs_its_picture_alone(results, capsys):
+    for case in "abcdef":
+        (results.raw / "imagesTr" / f"{case}_0000.png").write_bytes(b"no image")
+    assert compare(results) == 0
+    assert "No picture of" in capsys.readouterr().out
+    assert "<img" not in (results.root / "out" / "report.html").read_text()
+    shutil.rmtree(results.raw / "imagesTr")
+    assert compare(results) == 0
+
+
+def test_a_structure_that_a_trainer_never_finds_leaves_no_mean_distance(results):
+    for fold in range(2):
+        for file in (results.folder("nnUNetTrainerSemiTC", fold) / "validation").glob("*.png"):
+            labels = np.array(Image.open(file))
+            results.save(file, np.where(labels == 2, 0, labels))
+    assert compare(results) == 0
+    content = json.loads((results.root / "out" / "comparison.json").read_text())
+    mean = next(r for r in content["results"] if (r["metric"], r["structure"]) == ("HD95", MEAN))
+    assert mean["trainers"]["nnUNetTrainerSemiTC"]["mean"] is None
+    assert mean["trainers"]["nnUNetTrainerSemiTC"]["missing"] == 6
+
+
+def test_names_are_no_formulas_and_plots_have_no_background(results):
+    for file in (*results.results.glob("*/dataset.json"), results.raw / "dataset.json"):
+        content = json.loads(file.read_text())
+        content["labels"] = {"background": 0, "a$\\foo$ <b>": 1, "square": 2}
+        file.write_text(json.dumps(content))
+    assert compare(results) == 0
+    page = (results.root / "out" / "report.html").read_text()
+    assert "<b>" not in page
+    assert "fill: #ffffff" not in page
+
+
+def test_folds_that_ran_differently_are_shown_so(results):
+    file = results.folder("nnUNetTrainerSemiTC", 1) / RECORD_FILE
+    record = json.loads(file.read_text())
+    record["hyperparameters"]["num_epochs"] = 7
+    file.write_text(json.dumps(record))
+    assert compare(results) == 0
+    content = json.loads((results.root / "out" / "comparison.json").read_text())
+    assert content["trainers"]["nnUNetTrainerSemiTC"]["settings"]["num_epochs"] == "2 / 7"
+
+
 def test_other_bad_requests(results, capsys):
     assert "no fold 7" in refused(results, capsys, "-f", "7")
     assert "no held-out cases" in refused(results, capsys, "-f", "all")
     assert "given twice" in refused(results, capsys, trainers=("nnUNetTrainer", "nnUNetTrainer"))
     assert "-p has 3 names for 2 trainers" in refused(results, capsys, "-p", "a", "b", "c")
+    assert "no fold ²" in refused(results, capsys, "-f", "²")
+    assert "--labels goes with --predictions" in refused(results, capsys, "--labels", "x")
+    (results.root / "file").touch()
+    assert compare(results, "-o", str(results.root / "file")) == 2
+    assert "is a file" in capsys.readouterr().err
+    (results.folder("nnUNetTrainer", 0) / "checkpoint_final.pth").write_bytes(b"broken")
+    assert "cannot be read as nnU-Net's checkpoint" in refused(results, capsys)
+    (results.folder("nnUNetTrainer", 0).parent / "dataset.json").write_text("{}")
+    assert "has no labels and no file_ending" in refused(results, capsys)
     assert main(["compare", "-d", "902"]) == 2
     assert "-c and -f and -tr is missing" in capsys.readouterr().err
 

@@ -52,6 +52,19 @@ def test_closed_forms():
     assert surface_distances(np.zeros_like(square), square, (1, 1)) is None
 
 
+def test_ignored_voxels_make_no_surface():
+    first, second, ignored = (np.zeros((12, 12), dtype=bool) for _ in range(3))
+    first[2:8, 2:8] = True
+    second[2:8, 4:10] = True
+    ignored[5:] = True
+    distances = surface_distances(first & ~ignored, second & ~ignored, (1, 1), ignored)
+    # Rows 2 to 4 are known: the top row and the two sides of each, but not row 4 as a whole.
+    by_hand = [[(2, x) for x in range(a, a + 6)] + [(y, x) for y in (3, 4) for x in (a, a + 5)] for a in (2, 4)]
+    pairs = np.linalg.norm(np.array(by_hand[0])[:, None] - np.array(by_hand[1])[None], axis=-1)
+    np.testing.assert_allclose(np.sort(distances.to_second), np.sort(pairs.min(1)))
+    np.testing.assert_allclose(np.sort(distances.to_first), np.sort(pairs.min(0)))
+
+
 def test_a_wrong_spacing_is_refused():
     with pytest.raises(ValueError, match="a spacing per axis"):
         surface_distances(np.ones((3, 3), bool), np.ones((3, 3), bool), (1, 1, 1))

@@ -110,12 +110,12 @@ def test_compare_agrees_with_nnunets_evaluation_and_knows_the_checkpoint(day_2d)
     trainers = ("nnUNetTrainerSupervised", "nnUNetTrainerSemiTC")
     words = ("nnunet-ssl", "compare", "-d", "901", "-c", "2d", "-f", "5", "-p", "Quick", "-np", "1", "-tr", *trainers)
     output = day_2d.run(*words, "-o", "compared")
-    assert "nnUNetTrainerSemiTC, mean Dice (%)" in output
+    assert "nnUNetTrainerSemiTC, mean of structures Dice (%)" in output
     results = json.loads((day_2d.root / "compared" / "comparison.json").read_text())["results"]
     for trainer in trainers:
         summary = json.loads((model(day_2d, trainer) / "validation" / "summary.json").read_text())
         for metric in ("Dice", "IoU"):
-            mean = next(r for r in results if (r["metric"], r["structure"]) == (metric, "mean"))
+            mean = next(r for r in results if (r["metric"], r["structure"]) == (metric, "mean of structures"))
             assert mean["trainers"][trainer]["mean"] == pytest.approx(summary["foreground_mean"][metric])
     page = (day_2d.root / "compared" / "report.html").read_text()
     assert all(text in page for text in ("stability", "weight_consistency", "supervised_fraction", "nnunetv2"))

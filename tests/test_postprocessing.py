@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from PIL import Image
 
 from nnunet_ssl.cli import main
@@ -64,7 +65,8 @@ def test_equals_loops_over_voxels(shape, spacing, seed):
     labels[tuple(3 for _ in shape)] = 2
     before = labels.copy()
     smallest = {1: 4 * float(np.prod(spacing)), 2: 2.5 * float(np.prod(spacing))}
-    ours = clean(labels, spacing, Cleaning(smallest, frozenset({1})))
+    asked = {(value,): size for value, size in smallest.items()}
+    ours = clean(labels, spacing, Cleaning(asked, ((1,),), {}))
     expected = clean_by_hand(labels, float(np.prod(spacing)), smallest, [1])
     np.testing.assert_array_equal(ours, expected)
     assert (ours != labels).any()
@@ -77,20 +79,36 @@ def test_each_step_alone():
     labels[3, 3] = 0
     labels[7, 7] = 1
     labels[4, 4] = 2
-    removed = clean(labels, (1, 1), Cleaning({1: 2.0}, frozenset()))
+    removed = clean(labels, (1, 1), Cleaning({(1,): 2.0}, (), {}))
     assert removed[7, 7] == 0
     assert (removed == labels).sum() == labels.size - 1
-    filled = clean(labels, (1, 1), Cleaning({}, frozenset({1})))
+    filled = clean(labels, (1, 1), Cleaning({}, ((1,),), {}))
     assert filled[3, 3] == 1
     # Another structure in the hole stays, and an object of just the size too.
     assert filled[4, 4] == 2
-    assert clean(labels, (1, 1), Cleaning({1: 1.0}, frozenset()))[7, 7] == 1
+    assert clean(labels, (1, 1), Cleaning({(1,): 1.0}, (), {}))[7, 7] == 1
+
+
+def test_a_region_is_one_structure():
+    labels = np.zeros((12, 12), np.uint8)
+    labels[1:9, 1:9] = 1
+    labels[3:5, 3:5] = 2
+    labels[6, 6] = 0
+    labels[10, 10] = 2
+    regions = {"background": 0, "whole": [1, 2], "core": 2}
+    cleaned = clean(labels, (1, 1), read_cleaning(regions, ["whole=5"], ["whole"]))
+    assert cleaned[3, 3] == 2
+    assert cleaned[6, 6] == 1
+    assert cleaned[10, 10] == 0
+    assert (cleaned != labels).sum() == 2
 
 
 def test_what_the_command_line_asks_for():
-    assert read_cleaning(LABELS, ["50"], None) == Cleaning({1: 50, 2: 50}, frozenset())
-    assert read_cleaning(LABELS, ["50", "lung=20"], []) == Cleaning({1: 50, 2: 20}, frozenset({1, 2}))
-    assert read_cleaning({"whole": [1, 2], "core": 2}, None, ["whole"]) == Cleaning({}, frozenset({1, 2}))
+    names = {(1,): "heart", (2,): "lung"}
+    assert read_cleaning(LABELS, ["50"], None) == Cleaning({(1,): 50, (2,): 50}, (), names)
+    asked = read_cleaning(LABELS, ["50", "lung=20"], [])
+    assert asked == Cleaning({(1,): 50, (2,): 20}, ((1,), (2,)), names)
+    assert asked.describe() == "objects removed below heart 50, lung 20; holes filled in heart, lung"
     assert not read_cleaning(LABELS, None, None)
 
 
@@ -123,6 +141,24 @@ def test_the_verb_writes_cleaned_copies_and_lists_what_failed(tmp_path, capsys):
     assert main([*words, "--fill-holes"]) == 1
     assert "failed: " in capsys.readouterr().out
     assert not (target / "c.png").exists()
+
+
+def test_tiff_files_keep_the_spacing_beside_them(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    write_dataset_json(source, ".tif")
+    labels = np.zeros((6, 9, 9), np.uint8)
+    labels[1:3, 1:4, 1:4] = 1
+    labels[3, 8, 8] = 1
+    Tiff3DIO().write_seg(labels, str(source / "t.tif"), {"spacing": [5.0, 1.0, 1.0]})
+    # The lone voxel has 5 mm^3.
+    assert main(["postprocess", "-i", str(source), "-o", str(tmp_path / "out"), "--remove-below", "6"]) == 0
+    cleaned, properties = Tiff3DIO().read_seg(str(tmp_path / "out" / "t.tif"))
+    assert properties["spacing"] == [5.0, 1.0, 1.0]
+    assert cleaned[0, 3, 8, 8] == 0
+    assert cleaned.sum() == 18
+    assert main(["postprocess", "-i", str(source), "-o", str(tmp_path / "out"), "--remove-below", "5"]) == 0
+    assert Tiff3DIO().read_seg(str(tmp_path / "out" / "t.tif"))[0].sum() == 19
 
 
 def test_volumes_keep_their_geometry(tmp_path):

@@ -70,6 +70,11 @@ def test_a_constant_difference_has_an_interval_of_that_value():
     assert second.low < second.mean < second.high
 
 
+def test_one_value_has_no_interval():
+    low, high = bootstrap_interval(np.array([[0.1, np.nan, np.nan]]))
+    assert np.isnan([low[0], high[0]]).all()
+
+
 def test_all_values_missing():
     (difference,) = compare_to_first(np.array([[np.nan, 1.0], [1.0, np.nan]]))
     assert difference.missing == 2

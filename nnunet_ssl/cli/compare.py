@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trained.add_argument("-f", dest="folds", nargs="+", metavar="FOLD", help="folds, e.g. 0 1 2")
     trained.add_argument("-tr", dest="trainers", nargs="+", metavar="TRAINER", help="the reference first")
     trained.add_argument(
-        "-p", dest="plans", nargs="+", default=["nnUNetPlans"], metavar="PLANS",
+        "-p", dest="plans", nargs="+", metavar="PLANS",
         help="one name for all, or one for each trainer (default nnUNetPlans)",
     )  # fmt: skip
     trained.add_argument(
@@ -55,10 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Score, print the tables and write the files."""
     from nnunet_ssl.evaluation.comparison import evaluate
     from nnunet_ssl.evaluation.formatting import terminal_tables
-    from nnunet_ssl.evaluation.output import write_comparison
+    from nnunet_ssl.evaluation.output import check_output_folder, write_comparison
     from nnunet_ssl.postprocessing import read_cleaning
 
     title, candidates, reference = _what_to_compare(arguments)
+    check_output_folder(arguments.output)
     cleaning = read_cleaning(reference.dataset_json["labels"], arguments.remove_below, arguments.fill_holes)
     comparison = evaluate(candidates, reference, arguments.processes, cleaning)
     files = write_comparison(arguments.output, title, comparison, candidates, reference, cleaning)
@@ -93,21 +94,29 @@ def _what_to_compare(arguments: argparse.Namespace) -> tuple[str, list[Candidate
             f"{' and '.join(missing)} is missing. Give -d, -c, -f and -tr for the validation cases of trainings, or "
             f"--predictions NAME=FOLDER ... and --labels FOLDER."
         )
+    only_given = {
+        "--labels": arguments.labels, "--images": arguments.images, "--dataset-json": arguments.dataset_json
+    }  # fmt: skip
+    unused = [option for option, value in only_given.items() if value is not None]
+    if unused:
+        raise UserError(f"{' and '.join(unused)} goes with --predictions; leave it out for trainings.")
     raw, preprocessed, results = require_variables("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     name = dataset_name(arguments.dataset)
     query = Query(
         results / name, preprocessed / name, raw / name, arguments.configuration, arguments.folds, arguments.best
     )
-    return f"{name}, {arguments.configuration}", *find_trained(query, arguments.trainers, arguments.plans)
+    return f"{name}, {arguments.configuration}", *find_trained(
+        query, arguments.trainers, arguments.plans or ["nnUNetPlans"]
+    )
 
 
 def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.evaluation.candidates import find_given
-    from nnunet_ssl.nnunet_folders import read_json
+    from nnunet_ssl.evaluation.candidates import find_given, read_dataset_json
 
-    if arguments.dataset or arguments.folds or arguments.trainers or arguments.best:
-        raise UserError("--predictions names the folders itself; leave -d, -f, -tr and --best out.")
+    if any((arguments.dataset, arguments.configuration, arguments.folds, arguments.trainers, arguments.plans,
+            arguments.best)):  # fmt: skip
+        raise UserError("--predictions names the folders itself; leave -d, -c, -f, -tr, -p and --best out.")
     if arguments.labels is None:
         raise UserError("--predictions needs --labels FOLDER.")
     folders: dict[str, Path] = {}
@@ -120,7 +129,9 @@ def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Referen
         *(folder / "dataset.json" for folder in folders.values()), arguments.labels.resolve().parent / "dataset.json"
     ]  # fmt: skip
     file = next((file for file in candidates if file.is_file()), candidates[-1])
-    dataset_json = read_json(file, "Name nnU-Net's dataset.json with --dataset-json.")
+    if not file.is_file():
+        raise UserError(f"{file} is missing. Name nnU-Net's dataset.json with --dataset-json.")
+    dataset_json = read_dataset_json(file)
     images = arguments.images
     if images is None:
         beside = arguments.labels.resolve().with_name(arguments.labels.resolve().name.replace("labels", "images"))

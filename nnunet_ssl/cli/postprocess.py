@@ -34,13 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from nnunet_ssl.errors import UserError
+    from nnunet_ssl.evaluation.candidates import read_dataset_json
     from nnunet_ssl.label_maps import reader_class
-    from nnunet_ssl.nnunet_folders import read_json
     from nnunet_ssl.postprocessing import clean_file, read_cleaning
 
-    dataset_json = read_json(
-        arguments.dataset_json or arguments.input / "dataset.json", "Name nnU-Net's dataset.json with --dataset-json."
-    )
+    file = arguments.dataset_json or arguments.input / "dataset.json"
+    if not file.is_file():
+        raise UserError(f"{file} is missing. Name nnU-Net's dataset.json with --dataset-json.")
+    dataset_json = read_dataset_json(file)
     cleaning = read_cleaning(dataset_json["labels"], arguments.remove_below, arguments.fill_holes)
     if not cleaning:
         raise UserError("Nothing to do: give --remove-below, --fill-holes or both.")

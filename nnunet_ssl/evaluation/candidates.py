@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import re
 from collections.abc import Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
@@ -15,6 +18,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import read_json
 from nnunet_ssl.run_record import RECORD_FILE
 
+NOT_RECORDED = " (not recorded)"
 _SPLIT_LINE = re.compile(r"This (?:random 80:20 )?split has (\d+) training and (\d+) validation cases")
 # What debug.json of any nnU-Net trainer says about a run.
 _DEBUG_KEYS = ("num_epochs", "num_iterations_per_epoch", "batch_size", "initial_lr", "weight_decay", "torch_version")
@@ -28,7 +32,8 @@ class Candidate:
         name: Shown.
         predictions: Case to the file of its predicted label map.
         folds: Case to the fold whose model predicted it; "" for a test set.
-        checkpoint: Which weights predicted: "final", "best" or "given" (unknown here).
+        checkpoint: Which weights predicted: "final" or "best", with "(not recorded)" where nothing says so but the
+            user, as with nnU-Net's own trainer; "given" for folders of predictions.
         settings: What the training ran with, by name; empty where that is not known.
         curves: Fold to the curves of the training, by name, a value per epoch.
     """
@@ -75,6 +80,20 @@ class Query:
     configuration: str
     folds: Sequence[str]
     best: bool = False
+
+
+def read_dataset_json(file: Path) -> dict[str, Any]:
+    """nnU-Net's dataset.json.
+
+    Raises:
+        UserError: Where it is missing or lacks what a comparison needs.
+    """
+    content = read_json(file, "It is nnU-Net's description of the data.")
+    missing = [key for key in ("labels", "file_ending") if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{file} has no {' and no '.join(missing)}; expected nnU-Net's dataset.json.")
+    description: dict[str, Any] = content
+    return description
 
 
 def find_trained(query: Query, trainers: list[str], plans: Sequence[str]) -> tuple[list[Candidate], Reference]:
@@ -137,7 +156,7 @@ def find_given(
         candidates.append(Candidate(name, files, dict.fromkeys(truth, ""), "given", {}, {}))
     found_images: dict[str, list[Path]] = {}
     if images is not None:
-        found_images = {case: sorted(images.glob(f"{case}_????{ending}")) for case in truth}
+        found_images = {case: sorted(images.glob(f"{escape(case)}_????{ending}")) for case in truth}
     return candidates, Reference(dataset_json, truth, {case: files for case, files in found_images.items() if files})
 
 
@@ -152,11 +171,12 @@ def training_details(folder: Path) -> tuple[dict[str, Any], dict[str, list[float
 
 
 def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[str, Any]]) -> Candidate:
-    ending = read_json(model / "dataset.json", "nnU-Net writes it when a training starts.")["file_ending"]
+    ending = read_dataset_json(model / "dataset.json")["file_ending"]
     files: dict[str, Path] = {}
     folds: dict[str, str] = {}
-    settings: dict[str, Any] = {}
+    settings: dict[str, list[Any]] = {}
     curves = {}
+    recorded = True
     for fold in query.folds:
         folder = model / f"fold_{fold}"
         split = _split(splits, fold)
@@ -177,13 +197,21 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
             raise UserError(f"{twice[0]} is held out in folds {folds[twice[0]]} and {fold}; compare one of them.")
         files |= {case: found[case] for case in sorted(found)}
         folds |= dict.fromkeys(found, fold)
-        details = training_details(folder)
-        settings, curves[fold] = settings or details[0], details[1]
-    return Candidate(name, files, folds, "best" if query.best else "final", settings, curves)
+        found_settings, curves[fold] = training_details(folder)
+        for key, value in found_settings.items():
+            settings.setdefault(key, []).append(value)
+        recorded &= bool(record)
+    checkpoint = ("best" if query.best else "final") + ("" if recorded else NOT_RECORDED)
+    # Of folds that differ, all values.
+    shown = {
+        key: values[0] if all(v == values[0] for v in values) else " / ".join(map(str, values))
+        for key, values in settings.items()
+    }
+    return Candidate(name, files, folds, checkpoint, shown, curves)
 
 
 def _split(splits: list[dict[str, Any]], fold: str) -> dict[str, Any]:
-    if not fold.isdigit() or int(fold) >= len(splits):
+    if not fold.isdecimal() or int(fold) >= len(splits):
         raise UserError(f"splits_final.json has no fold {fold}; it has 0 to {len(splits) - 1}.")
     return splits[int(fold)]
 
@@ -196,8 +224,10 @@ def _check_labeled_set(name: str, fold: str, folder: Path, record: dict[str, Any
             f"fold {fold} of splits_final.json", dict.fromkeys(split["train"]),
         )  # fmt: skip
         return
-    logs = sorted(folder.glob("training_log_*.txt"))
-    counts = [tuple(map(int, match)) for log in logs for match in _SPLIT_LINE.findall(log.read_text(errors="replace"))]
+    # Of trainings, the oldest first: the names hold the time, without leading zeros. --val writes logs too.
+    logs = sorted(folder.glob("training_log_*.txt"), key=lambda log: list(map(int, re.findall(r"\d+", log.stem))))
+    texts = [text for text in (log.read_text(errors="replace") for log in logs) if "Epoch " in text]
+    counts = [tuple(map(int, match)) for text in texts for match in _SPLIT_LINE.findall(text)]
     wanted = (len(split["train"]), len(split["val"]))
     if counts and counts[-1] != wanted:
         raise UserError(
@@ -208,11 +238,14 @@ def _check_labeled_set(name: str, fold: str, folder: Path, record: dict[str, Any
 
 def _check_checkpoint(name: str, fold: str, record: dict[str, Any], best: bool) -> None:
     """nnU-Net's own trainer leaves no trace of --val_best; ours do."""
+    if not record:
+        return
     used = record.get("validated_with")
     wanted = "checkpoint_best.pth" if best else "checkpoint_final.pth"
-    if used is not None and used != wanted:
+    if used != wanted:
         advice = "run nnUNetv2_train ... --val --val_best" if best else "run nnUNetv2_train ... --val, or give --best"
-        raise UserError(f"{name}, fold {fold} was validated with {used}, expected {wanted}: {advice}.")
+        found = f"was validated with {used}" if used else "has not been validated since its last training began"
+        raise UserError(f"{name}, fold {fold} {found}, expected {wanted}: {advice}.")
 
 
 def _require_same_cases(what: str, found: Mapping[str, Any], where: str, expected: Mapping[str, Any]) -> None:
@@ -224,7 +257,7 @@ def _require_same_cases(what: str, found: Mapping[str, Any], where: str, expecte
 
 def _common_dataset_json(query: Query, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     files = [query.results / f"{t}__{p}__{query.configuration}" / "dataset.json" for t, p in pairs]
-    contents = [read_json(file, "") for file in files]
+    contents = [read_dataset_json(file) for file in files]
     for file, content in zip(files, contents):
         if content["labels"] != contents[0]["labels"]:
             raise UserError(f"{file} has the labels {content['labels']}, {files[0]} has {contents[0]['labels']}.")
@@ -233,7 +266,7 @@ def _common_dataset_json(query: Query, pairs: Sequence[tuple[str, str]]) -> dict
 
 
 def _raw_images(raw: Path, dataset_json: dict[str, Any], cases: Mapping[str, Any]) -> dict[str, list[Path]]:
-    if not (raw / "dataset.json").is_file():
+    if not (raw / "dataset.json").is_file() or not ((raw / "imagesTr").is_dir() or "dataset" in dataset_json):
         return {}
     files = get_filenames_of_train_images_and_targets(str(raw), dict(dataset_json))
     return {case: [Path(image) for image in files[case]["images"]] for case in cases if case in files}
@@ -254,6 +287,13 @@ def _settings(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 def _curves(checkpoint: Path) -> dict[str, list[float]]:
     """Every logged series of numbers; the weights in the file are not read."""
-    logged = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
-    skipped = ("epoch_start_timestamps", "epoch_end_timestamps", "dice_per_class_or_region")
-    return {key: [float(v) for v in values] for key, values in logged.items() if key not in skipped}
+    try:
+        logged = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{checkpoint} cannot be read as nnU-Net's checkpoint: {error}") from None
+    series = {key: values for key, values in logged.items() if not key.endswith("_timestamps")}
+    return {
+        key: [float(v) for v in values]
+        for key, values in series.items()
+        if isinstance(values, list) and all(isinstance(v, (int, float, np.number)) for v in values)
+    }

@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
-from nnunet_ssl.evaluation.comparison import MEAN, Comparison
+from nnunet_ssl.evaluation.comparison import MEAN, Comparison, spacing_of_case
 from nnunet_ssl.evaluation.figures import TRUTH_COLOR, color, contour_picture
 from nnunet_ssl.label_maps import read_image, read_labels, reader_class
 from nnunet_ssl.postprocessing import Cleaning, clean
@@ -47,7 +47,11 @@ def draw_cases(
         case = comparison.cases[i]
         if case in reference.images:
             named = f"{title}: {case}, mean Dice {scores[i]:.3f}"
-            pictures.append(CasePicture(named, _draw_case(case, candidates, reference, cleaning)))
+            try:
+                pictures.append(CasePicture(named, _draw_case(case, candidates, reference, cleaning)))
+            except UserError as error:
+                # The values do not depend on the image.
+                print(f"No picture of {case}: {error}")
     return pictures
 
 
@@ -55,7 +59,8 @@ def _draw_case(
     case: str, candidates: Sequence[Candidate], reference: Reference, cleaning: Cleaning | None
 ) -> list[bytes]:
     reader = reader_class(reference.dataset_json, reference.labels[case])
-    truth, spacing, *_ = read_labels(reference.labels[case], reader)
+    truth = read_labels(reference.labels[case], reader).labels
+    spacing = spacing_of_case(reference.labels[case], [c.predictions[case] for c in candidates], reader)
     predicted = [read_labels(c.predictions[case], reader).labels for c in candidates]
     if cleaning:
         predicted = [clean(labels, spacing, cleaning) for labels in predicted]

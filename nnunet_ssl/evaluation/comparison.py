@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
 from nnunet_ssl.evaluation.metrics import DISTANCES, LOWER_IS_BETTER, METRICS, case_metrics, structures_of
 from nnunet_ssl.evaluation.statistics import Difference, compare_to_first
-from nnunet_ssl.label_maps import read_labels, reader_class
+from nnunet_ssl.label_maps import knows_spacing, read_labels, reader_class
 from nnunet_ssl.postprocessing import Cleaning, clean
 
-MEAN = "mean"
+MEAN = "mean of structures"
 NUM_WORST = 5
 _COLUMNS = (*METRICS, "true_voxels", "predicted_voxels")
 
@@ -48,7 +47,7 @@ class Comparison:
     values: dict[str, np.ndarray]
 
     def per_structure(self, metric: str) -> dict[str, np.ndarray]:
-        """Structure to (candidates, cases), and ``mean``: over the structures of a case."""
+        """Structure to (candidates, cases), and their mean in each case, over those that have a value."""
         values = self.values[metric]
         rows = {name: values[:, :, i] for i, name in enumerate(self.structures)}
         return {**rows, MEAN: _mean(values, 2)} if len(rows) > 1 else rows
@@ -56,21 +55,23 @@ class Comparison:
     def summary(self, metric: str, structure: str) -> list[dict[str, float]]:
         """Mean, standard deviation and median over cases per candidate, and how many cases have no value.
 
-        The mean over structures is the mean of their means, as in nnU-Net's evaluation.
+        The mean over structures is the mean of their means, as in nnU-Net's evaluation: there is none where a structure
+        has no value in any case. A case counts as missing there where one of its structures is.
         """
         values = self.per_structure(metric)[structure]
         means = _mean(values, 1)
         if structure == MEAN:
-            means = _mean(_mean(self.values[metric], 1), 1)
+            means = _mean(self.values[metric], 1).mean(1)
+        absent = np.isnan(self.values[metric]).any(2) if structure == MEAN else np.isnan(values)
         result = []
-        for row, mean in zip(values, means):
+        for row, mean, missing in zip(values, means, absent.sum(1)):
             valid = row[~np.isnan(row)]
             result.append(
                 {
                     "mean": float(mean),
                     "sd": float(valid.std(ddof=1)) if len(valid) > 1 else math.nan,
                     "median": float(np.median(valid)) if len(valid) else math.nan,
-                    "missing": int(np.isnan(row).sum()),
+                    "missing": int(missing),
                 }
             )
         return result
@@ -133,8 +134,15 @@ def evaluate(
             for k, name in enumerate(structures):
                 for column in _COLUMNS:
                     values[column][j, i, k] = scores[name][column]
-    unit = "px" if issubclass(reader, NaturalImage2DIO) else "mm"
+    example = [reference.labels[cases[0]], *(c.predictions[cases[0]] for c in candidates)]
+    unit = "mm" if any(knows_spacing(file, reader) for file in example) else "px"
     return Comparison([c.name for c in candidates], cases, list(structures), unit, values)
+
+
+def spacing_of_case(label: Path, predictions: Sequence[Path], reader: type) -> tuple[float, ...]:
+    """Of the label map, or of the first prediction where the label map's file does not know it."""
+    file = next((file for file in (label, *predictions) if knows_spacing(file, reader)), label)
+    return read_labels(file, reader).spacing
 
 
 def write_csv(comparison: Comparison, candidates: Sequence[Candidate]) -> bytes:
@@ -175,7 +183,7 @@ def as_json(comparison: Comparison, candidates: Sequence[Candidate], post_proces
             "trainers": {
                 c.name: {
                     "checkpoint": c.checkpoint,
-                    "folds": sorted(set(c.folds.values())),
+                    "folds": sorted(set(c.folds.values()) - {""}),
                     "settings": c.settings,
                     "worst_cases": comparison.worst_cases(j),
                 }
@@ -216,7 +224,8 @@ def _score_case(
     ignore: int | None,
     cleaning: Cleaning | None,
 ) -> list[dict[str, dict[str, float]]]:
-    truth, spacing, *_ = read_labels(label, reader)
+    truth = read_labels(label, reader).labels
+    spacing = spacing_of_case(label, predictions, reader)
     scores = []
     for file in predictions:
         predicted = read_labels(file, reader).labels

@@ -38,18 +38,22 @@ class SurfaceDistances:
         return float((self.to_second.mean() + self.to_first.mean()) / 2)
 
 
-def surface_distances(first: np.ndarray, second: np.ndarray, spacing: Sequence[float]) -> SurfaceDistances | None:
+def surface_distances(
+    first: np.ndarray, second: np.ndarray, spacing: Sequence[float], ignored: np.ndarray | None = None
+) -> SurfaceDistances | None:
     """Distances between the surfaces of two masks.
 
-    A surface voxel belongs to the mask and has a face neighbor that does not; outside the image nothing does.
+    A surface voxel belongs to the mask and has a face neighbor that does not; outside the image nothing does. An
+    ignored neighbor may belong to it or not, and makes no surface.
 
     Args:
         first: Boolean (*S), 2D or 3D.
         second: Of the same shape.
         spacing: Voxel size per axis, in mm.
+        ignored: Boolean (*S), voxels of which nothing is known; the masks do not hold there.
 
     Returns:
-        None where a mask is empty, because there is no distance then.
+        None where a mask is empty, because there is no distance then, and where ignored voxels hide a whole surface.
 
     Raises:
         ValueError: Where shapes or spacing do not fit.
@@ -58,19 +62,21 @@ def surface_distances(first: np.ndarray, second: np.ndarray, spacing: Sequence[f
         raise ValueError(
             f"Expected masks of one shape and a spacing per axis, got {first.shape}, {second.shape} and {spacing}."
         )
-    points = [_surface(mask) * np.asarray(spacing, dtype=float) for mask in (first, second)]
+    points = [_surface(mask, ignored) * np.asarray(spacing, dtype=float) for mask in (first, second)]
     if not all(map(len, points)):
         return None
     trees = [cKDTree(p) for p in points]
     return SurfaceDistances(trees[1].query(points[0])[0], trees[0].query(points[1])[0])
 
 
-def _surface(mask: np.ndarray) -> np.ndarray:
+def _surface(mask: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
     """Positions (N, D) of a mask's surface voxels."""
-    # Structures are small in most images: the box around one is all that matters.
-    box = find_objects(mask.astype(np.uint8))
-    if not box:
+    # Structures are small in most images: the box around one, and its neighbors, is all that matters.
+    found = find_objects(mask.astype(np.uint8))
+    if not found:
         return np.empty((0, mask.ndim))
-    inside = mask[box[0]].astype(bool)
-    surface = inside & ~binary_erosion(inside, generate_binary_structure(mask.ndim, 1))
-    return np.argwhere(surface) + [axis.start for axis in box[0]]
+    box = tuple(slice(max(0, axis.start - 1), axis.stop + 1) for axis in found[0])
+    inside = mask[box].astype(bool)
+    filled = inside if ignored is None else inside | ignored[box]
+    surface = inside & ~binary_erosion(filled, generate_binary_structure(mask.ndim, 1))
+    return np.argwhere(surface) + [axis.start for axis in box]

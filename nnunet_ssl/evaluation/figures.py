@@ -19,6 +19,10 @@ TRUTH_COLOR = "#ffffff"
 _INK = "#010203"
 _STYLE: Any = {
     "svg.fonttype": "none",
+    # Names are no formulas, and the page's background shows through.
+    "text.parse_math": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": _INK,
@@ -85,7 +89,7 @@ def scatter(reference: np.ndarray, others: np.ndarray, names: Sequence[str], tit
         axes = figure.subplots()
         for i, row in enumerate(others):
             axes.plot(reference, row, ".", color=color(i + 1), label=short(names[i + 1]), alpha=0.8)
-        ends = [np.nanmin([reference.min(), others.min()]), np.nanmax([reference.max(), others.max()])]
+        ends = [np.fmin.reduce([*reference, *others.flat]), np.fmax.reduce([*reference, *others.flat])]
         if np.all(np.isfinite(ends)):
             axes.plot(ends, ends, color=_INK, linewidth=0.6)
         axes.set_aspect("equal", adjustable="datalim")
@@ -125,7 +129,8 @@ def contour_picture(image: np.ndarray, maps: Sequence[tuple[np.ndarray, str]], p
     """
     height, width = image.shape[0] * pixel_aspect, image.shape[1]
     scale = _PICTURE_SIDE / max(height, width)
-    figure = Figure(figsize=(width * scale / 100, height * scale / 100), dpi=100)
+    # At least a pixel, of very thin planes too.
+    figure = Figure(figsize=(max(1, width * scale) / 100, max(1, height * scale) / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.imshow(image, cmap="gray", aspect="auto")

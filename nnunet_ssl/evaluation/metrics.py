@@ -45,7 +45,7 @@ def case_metrics(
     """All metrics of every structure of one case.
 
     Overlap is as in nnU-Net's evaluation: not a number where truth and prediction are both empty, 0 where one is.
-    Distances are not a number where one is empty.
+    Distances are not a number where one is empty; where the truth is ignored there is no surface.
 
     Args:
         truth: Label map (*S), 2D or 3D.
@@ -62,21 +62,23 @@ def case_metrics(
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"The prediction has shape {predicted.shape}, the label map {truth.shape}.")
-    counts = None if ignore_label is None else truth != ignore_label
+    ignored = None if ignore_label is None else truth == ignore_label
     result = {}
     for name, label in structures.items():
         masks = [region_or_label_to_mask(labels, label) for labels in (truth, predicted)]
-        if counts is not None:
-            masks = [mask & counts for mask in masks]
-        result[name] = _mask_metrics(masks[0], masks[1], spacing)
+        if ignored is not None:
+            masks = [mask & ~ignored for mask in masks]
+        result[name] = _mask_metrics(masks[0], masks[1], spacing, ignored)
     return result
 
 
-def _mask_metrics(truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+def _mask_metrics(
+    truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float], ignored: np.ndarray | None
+) -> dict[str, float]:
     num_true, num_predicted = int(truth.sum()), int(predicted.sum())
     common = int((truth & predicted).sum())
     union = num_true + num_predicted - common
-    distances = surface_distances(truth, predicted, spacing)
+    distances = surface_distances(truth, predicted, spacing, ignored)
     missing = math.nan
     return {
         "Dice": 2 * common / (num_true + num_predicted) if union else missing,

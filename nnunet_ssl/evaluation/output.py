@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
 from nnunet_ssl.evaluation.case_pictures import draw_cases
 from nnunet_ssl.evaluation.comparison import Comparison, as_json, write_csv
 from nnunet_ssl.evaluation.report import build_report
 from nnunet_ssl.files import write_atomically
 from nnunet_ssl.postprocessing import Cleaning
+
+
+def check_output_folder(folder: Path) -> None:
+    """Before time is spent on its content: whether a folder can be written to, or made.
+
+    Raises:
+        UserError: Where not.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        problem = "is not writable" if nearest.is_dir() else "is a file"
+        raise UserError(f"{folder} cannot be the output folder: {nearest} {problem}. Name another with -o.")
 
 
 def write_comparison(
@@ -35,7 +49,7 @@ def write_comparison(
     Returns:
         The files.
     """
-    said = cleaning.describe(reference.dataset_json["labels"]) if cleaning else None
+    said = cleaning.describe() if cleaning else None
     report = build_report(
         f"{title}; {said}" if said else title,
         comparison,

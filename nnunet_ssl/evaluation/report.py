@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_ssl import __version__
 from nnunet_ssl.evaluation import figures
-from nnunet_ssl.evaluation.candidates import Candidate
+from nnunet_ssl.evaluation.candidates import NOT_RECORDED, Candidate
 from nnunet_ssl.evaluation.case_pictures import CasePicture
 from nnunet_ssl.evaluation.comparison import MEAN, Comparison
 from nnunet_ssl.evaluation.formatting import number, p_value, scale_of
@@ -18,6 +18,8 @@ from nnunet_ssl.evaluation.statistics import NUM_RESAMPLES, Difference
 
 # nnU-Net's own curves; every other series in a checkpoint is a loss term or statistic of a method.
 _CURVES = {"train_losses": "training loss", "val_losses": "validation loss", "mean_fg_dice": "pseudo Dice per epoch"}
+# Of Holm's p-values; such differences are colored.
+_SIGNIFICANT = 0.05
 _NOT_DRAWN = ("ema_fg_dice", "lrs")
 _CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1c1e21; --faint: #5d636b; --line: #d5d9de; --good: #00734f;
@@ -77,10 +79,16 @@ def _head(title: str, comparison: Comparison, candidates: Sequence[Candidate]) -
     folds = sorted({fold for candidate in candidates for fold in candidate.folds.values() if fold})
     where = f"{len(comparison.cases)} cases" + (f" of fold {', '.join(folds)}" if folds else "")
     warnings = ""
-    if any(candidate.checkpoint == "best" for candidate in candidates):
+    if any(candidate.checkpoint.startswith("best") for candidate in candidates):
         warnings = (
             '<p class="warning">Predicted by checkpoint_best, which was chosen on the very cases shown here: these '
             "values are too good. Publish those of the final checkpoints.</p>"
+        )
+    unrecorded = [candidate.name for candidate in candidates if candidate.checkpoint.endswith(NOT_RECORDED)]
+    if unrecorded:
+        warnings += (
+            f'<p class="note">{escape(", ".join(unrecorded))}: nnU-Net does not record which checkpoint predicted its '
+            f"validation cases, nor which cases a training learned from; their number was checked.</p>"
         )
     return (
         f"<h1>{escape(title)}</h1>\n{warnings}<p>{where}; every trainer predicted the same ones. Differences are to "
@@ -125,14 +133,15 @@ def _metric_section(comparison: Comparison, metric: str) -> str:
 
 
 def _difference_cells(difference: Difference, metric: str, scale: float, digits: int) -> list[str]:
-    better = difference.low > 0 if metric not in DISTANCES else difference.high < 0
-    worse = difference.high < 0 if metric not in DISTANCES else difference.low > 0
-    style = ' class="better"' if better else ' class="worse"' if worse else ""
+    style = ""
+    if difference.p_holm < _SIGNIFICANT:
+        style = ' class="better"' if (difference.mean > 0) != (metric in DISTANCES) else ' class="worse"'
     said = (
         f"{number(scale * difference.mean, digits, sign=True)} [{number(scale * difference.low, digits, sign=True)}, "
         f"{number(scale * difference.high, digits, sign=True)}]"
     )
     counts = f"{difference.wins} / {difference.ties} / {difference.losses}"
+    counts += f" ({difference.missing} missing)" if difference.missing else ""
     return [f"<span{style}>{said}</span>", escape(p_value(difference.p_holm)), counts]
 
 
@@ -168,7 +177,7 @@ def _pictures(comparison: Comparison, pictures: Sequence[CasePicture]) -> str:
         parts.append(
             f'<figure><div class="planes">{images}</div><figcaption>{escape(case.title)}</figcaption></figure>'
         )
-    legend = _legend(comparison.names, [("truth", figures.TRUTH_COLOR)])
+    legend = _legend(comparison.names, [("truth (white)", figures.TRUTH_COLOR)])
     return f"<h2>Outlines</h2>\n{legend}{''.join(parts)}"
 
 

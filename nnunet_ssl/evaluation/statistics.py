@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import wilcoxon
@@ -81,22 +82,25 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[np
         confidence: Of the interval.
 
     Returns:
-        Lower and upper ends (rows,); not a number for rows without a value.
+        Lower and upper ends (rows,); not a number for rows with less than two values. With few cases such intervals
+        are too narrow.
     """
-    num_cases = values.shape[1]
-    if num_cases == 0:
-        return np.full(len(values), np.nan), np.full(len(values), np.nan)
-    generator = np.random.default_rng(_SEED)
-    # How often each case was drawn: one matrix product then gives all means.
-    drawn = generator.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size=NUM_RESAMPLES).astype(float)
     present = ~np.isnan(values)
+    drawn = _draws(values.shape[1])
     with np.errstate(invalid="ignore"):
         means = (drawn @ np.where(present, values, 0.0).T) / (drawn @ present.T)
     ends = np.full((2, len(values)), np.nan)
-    for row in np.flatnonzero(present.any(1)):
+    for row in np.flatnonzero(present.sum(1) > 1):
         tails = [50 * (1 - confidence), 50 * (1 + confidence)]
         ends[:, row] = np.nanpercentile(means[:, row], tails)
     return ends[0], ends[1]
+
+
+@lru_cache(maxsize=1)
+def _draws(num_cases: int) -> np.ndarray:
+    """How often each case is in each resample, (resamples, cases): one matrix product then gives all means."""
+    shares = np.full(num_cases, 1 / max(1, num_cases))
+    return np.random.default_rng(_SEED).multinomial(num_cases, shares, size=NUM_RESAMPLES).astype(np.float32)
 
 
 def signed_rank_p(differences: np.ndarray) -> float:
