@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from PIL import Image
 
 from nnunet_ssl.cli import main
@@ -306,6 +307,26 @@ def test_folders_of_a_test_set(tmp_path: Path, capsys):
     assert "lacks 1 cases" in capsys.readouterr().err
     assert main(["compare", "--predictions", "A", "--labels", "x"]) == 2
     assert "expected NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_tiff_predictions_lend_their_spacing_to_labels_without_one(tmp_path: Path):
+    """nnU-Net copies label maps without the file beside them that holds the spacing."""
+    labels = np.zeros((8, 12, 10), np.uint8)
+    labels[2:5, 3:8, 3:8] = 1
+    content = {"channel_names": {"0": "x"}, "labels": {"background": 0, "box": 1}, "file_ending": ".tif"}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    for folder, values in (("labels", labels), ("moved", np.roll(labels, 1, axis=0))):
+        (tmp_path / folder).mkdir()
+        Tiff3DIO().write_seg(values, str(tmp_path / folder / "case.tif"), {"spacing": [4.0, 1.0, 1.0]})
+    (tmp_path / "labels" / "case.json").unlink()
+    words = ["compare", "--predictions", f"A={tmp_path}/moved", "--labels", f"{tmp_path}/labels"]
+    assert main([*words, "-o", str(tmp_path / "out"), "-np", "1"]) == 0
+    (row,) = csv.DictReader((tmp_path / "out" / "comparison.csv").open())
+    assert float(row["HD95_mm"]) == 4.0
+    (tmp_path / "moved" / "case.json").unlink()
+    assert main([*words, "-o", str(tmp_path / "out"), "-np", "1"]) == 0
+    (row,) = csv.DictReader((tmp_path / "out" / "comparison.csv").open())
+    assert float(row["HD95_px"]) == 1.0
 
 
 def write_volume(file: Path, values: np.ndarray) -> None:

@@ -41,8 +41,8 @@ NUM_SHOWN = 3
 class Budget:
     """How long and with what to train."""
 
-    epochs: int = 16
-    iterations: int = 50
+    epochs: int = 8
+    iterations: int = 70
     device: str = "cpu"
 
 
