@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labeled", type=int, metavar="N", help="with --data: cases that keep their labels (default 5)"
     )
-    parser.add_argument("--epochs", type=int, default=16, metavar="N", help="length of each training (default 16)")
-    parser.add_argument("--iterations", type=int, default=50, metavar="N", help="steps per epoch (default 50)")
+    parser.add_argument("--epochs", type=int, default=8, metavar="N", help="length of each training (default 8)")
+    parser.add_argument("--iterations", type=int, default=70, metavar="N", help="steps per epoch (default 70)")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="as for nnUNetv2_train")
 
 

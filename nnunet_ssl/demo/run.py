@@ -41,9 +41,9 @@ NUM_SHOWN = 3
 class Budget:
     """How long and with what to train."""
 
-    epochs: int = 8
-    iterations: int = 70
-    device: str = "cpu"
+    epochs: int
+    iterations: int
+    device: str
 
 
 def run_demo(folder: Path, data: Path | None, labeled: int, budget: Budget) -> None:
