@@ -222,9 +222,11 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         logged = {name: term.value for name, term in terms.items()} | self.statistics
         logged |= {TermLogger.weight(name): terms[name].weight for name in self.unlabeled_terms if name in terms}
         values = [total, *(logged.get(name, float("nan")) for name in self.logger.local_logger.step_names)]
-        # One transfer for all values: a step waits for the device no more often than the stock trainer's.
-        tensors = [torch.as_tensor(v, dtype=torch.float32, device=self.device).detach() for v in values]
-        numbers = torch.stack(tensors).cpu().numpy()
+        # One transfer for all values, of those alone that are on the device: a step waits for it no more often than the
+        # stock trainer's.
+        tensors = {i: value.detach().float() for i, value in enumerate(values) if isinstance(value, Tensor)}
+        numbers = np.array([0.0 if i in tensors else value for i, value in enumerate(values)], dtype=np.float32)
+        numbers[list(tensors)] = torch.stack(list(tensors.values())).cpu().numpy()
         return {"loss": numbers[0], "terms": numbers[1:]}
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
+from made_up_results import Results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -221,6 +222,11 @@ def _nnunet_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def tiny(tmp_path: Path) -> TinyDataset:
     return TinyDataset(tmp_path, PATCHES["2d"])
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    return Results(tmp_path)
 
 
 @pytest.fixture(params=TRAINERS, ids=lambda t: t.__name__.removeprefix("nnUNetTrainer"))

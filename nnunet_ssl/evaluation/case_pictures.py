@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
-from nnunet_ssl.evaluation.comparison import MEAN, Comparison, spacing_of_case
+from nnunet_ssl.evaluation.comparison import MEAN, Comparison, read_truth
 from nnunet_ssl.evaluation.figures import TRUTH_COLOR, color, contour_picture
 from nnunet_ssl.label_maps import read_image, read_labels, reader_class
 from nnunet_ssl.postprocessing import Cleaning, clean
@@ -59,8 +59,7 @@ def _draw_case(
     case: str, candidates: Sequence[Candidate], reference: Reference, cleaning: Cleaning | None
 ) -> list[bytes]:
     reader = reader_class(reference.dataset_json, reference.labels[case])
-    truth = read_labels(reference.labels[case], reader).labels
-    spacing = spacing_of_case(reference.labels[case], [c.predictions[case] for c in candidates], reader)
+    truth, spacing = read_truth(reference.labels[case], [c.predictions[case] for c in candidates], reader)
     predicted = [read_labels(c.predictions[case], reader).labels for c in candidates]
     if cleaning:
         predicted = [clean(labels, spacing, cleaning) for labels in predicted]

@@ -139,10 +139,13 @@ def evaluate(
     return Comparison([c.name for c in candidates], cases, list(structures), unit, values)
 
 
-def spacing_of_case(label: Path, predictions: Sequence[Path], reader: type) -> tuple[float, ...]:
-    """Of the label map, or of the first prediction where the label map's file does not know it."""
-    file = next((file for file in (label, *predictions) if knows_spacing(file, reader)), label)
-    return read_labels(file, reader).spacing
+def read_truth(label: Path, predictions: Sequence[Path], reader: type) -> tuple[np.ndarray, tuple[float, ...]]:
+    """The label map of a case and its spacing: the first prediction's where the label map's file does not know it."""
+    truth = read_labels(label, reader)
+    if knows_spacing(label, reader):
+        return truth.labels, truth.spacing
+    file = next((file for file in predictions if knows_spacing(file, reader)), None)
+    return truth.labels, truth.spacing if file is None else read_labels(file, reader).spacing
 
 
 def write_csv(comparison: Comparison, candidates: Sequence[Candidate]) -> bytes:
@@ -224,8 +227,7 @@ def _score_case(
     ignore: int | None,
     cleaning: Cleaning | None,
 ) -> list[dict[str, dict[str, float]]]:
-    truth = read_labels(label, reader).labels
-    spacing = spacing_of_case(label, predictions, reader)
+    truth, spacing = read_truth(label, predictions, reader)
     scores = []
     for file in predictions:
         predicted = read_labels(file, reader).labels
