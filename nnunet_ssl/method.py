@@ -58,8 +58,8 @@ class Method(ABC):
         Args:
             labeled: ``data`` (B_l, C, *S) and ``target`` at full resolution, (B_l, 1, *S) or region channels, both on
                 the device, and ``keys``.
-            unlabeled: ``data`` (B_u, C, *(S + 2 unlabeled_margin)) on the device, and ``keys``; None in stage 1 and for
-                methods without it.
+            unlabeled: ``data`` (B_u, C, *(S + 2 unlabeled_margin)) on the device, ``weak`` like it where
+                ``wants_weak_view``, and ``keys``; None in stage 1 and for methods without it.
 
         Returns:
             A term per name of ``term_names``; one that is not computed in this stage may be left out. What
@@ -120,6 +120,11 @@ class Method(ABC):
     def unlabeled_patch_size(self) -> tuple[int, ...]:
         """What the unlabeled loader gives, in voxels per axis."""
         return tuple(side + 2 * m for side, m in zip(self.configuration_manager.patch_size, self.unlabeled_margin))
+
+    @property
+    def wants_weak_view(self) -> bool:
+        """Whether the unlabeled loader also gives every patch without changes of its intensities."""
+        return getattr(self.hp, "weak_teacher", False)
 
     @property
     def networks(self) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from nnunet_ssl.distributed import data_parallel
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,10 +40,7 @@ def build_partner(trainer: SemiSupervisedTrainer, plans: dict[str, Any]) -> nn.M
     ).to(trainer.device)
     if trainer._do_i_compile():
         partner = torch.compile(partner)
-    if trainer.is_ddp:
-        partner = nn.SyncBatchNorm.convert_sync_batchnorm(partner)
-        partner = nn.parallel.DistributedDataParallel(partner, device_ids=[trainer.local_rank])
-    return partner
+    return data_parallel(partner) if trainer.is_ddp else partner
 
 
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
@@ -109,12 +107,3 @@ def split_outputs(outputs: Any, size: int) -> tuple[Any, Any]:
     if isinstance(outputs, (list, tuple)):
         return [o[:size] for o in outputs], [o[size:] for o in outputs]
     return outputs[:size], outputs[size:]
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over all ranks of a training on several devices, of any shape; the values themselves on one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        values = values.clone()
-        torch.distributed.all_reduce(values)
-        values = values / torch.distributed.get_world_size()
-    return values

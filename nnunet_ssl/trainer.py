@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 
 from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
+from nnunet_ssl.distributed import device_of_process, mean_over_ranks, wrapping_on_own_device
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
-from nnunet_ssl.networks import bare, build_partner, mean_over_ranks, set_deep_supervision
+from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
 from nnunet_ssl.optimization import backward_and_step, weighted_sum
 from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
@@ -83,6 +84,10 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
                 f"segmentation of every unlabeled case. Train 2d, 3d_lowres or 3d_fullres."
             )
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:
+            self.device = device_of_process(device)
+            if self.device.type != "cuda":
+                self.grad_scaler = None
         for name in _NNUNETS_OWN:
             setattr(self, name, getattr(self.hp, name))
         self.logger.local_logger = TermLogger(
@@ -110,7 +115,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.hp.seed is not None:
             # Weights alike on all ranks (DDP would copy rank 0's anyway), everything drawn later different.
             torch.manual_seed(self.hp.seed)
-        super().initialize()
+        with wrapping_on_own_device():
+            super().initialize()
         plans = self.partner_plans()
         if plans is not None:
             self.partner = build_partner(self, plans)

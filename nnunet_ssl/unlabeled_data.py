@@ -73,7 +73,8 @@ class UnlabeledDataset:
 class UnlabeledDataLoader(nnUNetDataLoader):
     """Random patches of unlabeled images, with nnU-Net's cropping and the transforms it is given.
 
-    Yields ``{"data": (B, C, *S) float32, "keys": B identifiers}``.
+    Yields ``{"data": (B, C, *S) float32, "keys": B identifiers}``, and where wanted ``"weak"`` like ``"data"``: the
+    same patches, moved the same way, without changes of their intensities.
 
     Args:
         dataset: Image-only view.
@@ -85,6 +86,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         transforms: Applied to the image of each example.
         masked_channels: Channels that the plans normalize inside nnU-Net's mask of nonzero voxels. Where there are
             any, the transforms get that mask as ``segmentation`` (-1 outside, 0 inside), found from the image alone.
+        weak: Whether to yield weakly augmented patches too.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         label_manager: LabelManager,
         transforms: BasicTransform | None = None,
         masked_channels: Sequence[int] = (),
+        weak: bool = False,
     ) -> None:
         super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, transforms=transforms)
         self.masked_channels = list(masked_channels)
+        self.weak = weak
         # With an ignore label nnU-Net's cropping looks for annotated voxels. There are none here.
         self.has_ignore = False
 
@@ -106,10 +110,11 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         """Draw one batch."""
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            images = [self._example(key) for key in keys]
-        return {"data": torch.stack(images), "keys": keys}
+            examples = [self._example(key) for key in keys]
+        names = ("data", "weak") if self.weak else ("data",)
+        return {name: torch.stack(images) for name, images in zip(names, zip(*examples))} | {"keys": keys}
 
-    def _example(self, key: str) -> torch.Tensor:
+    def _example(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         image = self._data.load_image(key)
         lower, upper = self.get_bbox(image.shape[1:], False, None)
         box = [[low, high] for low, high in zip(lower, upper)]
@@ -117,11 +122,15 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         if self.patch_size_was_2d:
             patch = patch[:, 0]
         if self.transforms is None:
-            return patch
+            return patch, patch
         data = {"image": patch}
+        if self.weak:
+            # What nnU-Net's transforms move like an image, and leave alone where they change intensities.
+            data["regression_target"] = patch.clone()
         if self.masked_channels:
             data["segmentation"] = outside_of_mask(patch[self.masked_channels]).to(torch.int16).neg()
-        return self.transforms(**data)["image"]
+        transformed = self.transforms(**data)
+        return transformed["image"], transformed.get("regression_target")
 
 
 def outside_of_mask(image: torch.Tensor) -> torch.Tensor:
@@ -292,6 +301,7 @@ def make_unlabeled_loader(
             patch_size, rotation, None, mirror_axes, slice_by_slice, use_mask_for_norm=masked
         ),
         masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
+        weak=trainer.wants_weak_view,
     )
     return in_background_workers(loader, pin_memory=trainer.device.type == "cuda")
 

@@ -194,7 +194,7 @@ class TinyDataset:
         return trainer
 
     def batches(self, trainer: Any, seed: int = 0) -> tuple[dict, dict]:
-        """A labeled and an unlabeled batch of noise, independent of any loader."""
+        """A labeled and an unlabeled batch of noise, independent of any loader; the weak view is other noise."""
         rng = torch.Generator().manual_seed(seed)
         size = (self.channels, *self.patch)
         labeled = trainer.batch_size
@@ -202,8 +202,8 @@ class TinyDataset:
         data = torch.randn((labeled, *size), generator=rng)
         larger = getattr(trainer, "unlabeled_patch_size", self.patch)
         unlabeled_size = (max(1, getattr(trainer, "unlabeled_batch_size", 0)), self.channels, *larger)
-        unlabeled = torch.randn(unlabeled_size, generator=rng)
-        return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "keys": []}
+        unlabeled, weak = (torch.randn(unlabeled_size, generator=rng) for _ in range(2))
+        return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "weak": weak, "keys": []}
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,12 @@ from conftest import PATCHES, SSL, TinyDataset, make_plans
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.special import softmax
-from torch import multiprocessing
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses import log_probabilities, soft_dice_loss
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSupervised
-from nnunet_ssl.networks import FeatureTap, mean_over_ranks
+from nnunet_ssl.networks import FeatureTap
 from nnunet_ssl.plans import PLAIN, RESIDUAL, with_partner_network
 
 TERMS = nnUNetTrainerDualNet.unlabeled_terms
@@ -29,17 +28,22 @@ def has_gradient(network: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("teacher", [0, 1])
-def test_terms_equal_an_independent_computation(tiny, teacher):
-    trainer = tiny.initialized(nnUNetTrainerDualNet, contrastive_weight=0.0)
+@pytest.mark.parametrize("weak", [True, False])
+def test_terms_equal_an_independent_computation(tiny, teacher, weak):
+    trainer = tiny.initialized(nnUNetTrainerDualNet, contrastive_weight=0.0, weak_teacher=weak)
     trainer.choose_teacher = lambda logits, target: teacher
     labeled, unlabeled = tiny.batches(trainer)
     terms = trainer.loss_terms(labeled, unlabeled)
     student_network, teacher_network = (trainer.networks[i] for i in (1 - teacher, teacher))
     with torch.no_grad():
         z, w, z_l, w_l = (
-            network(batch["data"])[0].numpy().astype(np.float64)
-            for batch in (unlabeled, labeled)
-            for network in (student_network, teacher_network)
+            network(images)[0].numpy().astype(np.float64)
+            for network, images in (
+                (student_network, unlabeled["data"]),
+                (teacher_network, unlabeled["weak" if weak else "data"]),
+                (student_network, labeled["data"]),
+                (teacher_network, labeled["data"]),
+            )
         )
     p, q, q_sharp, p_l, q_l = (softmax(a, axis=1) for a in (z, w, w / 0.5, z_l, w_l))
     entropies = [-(a * np.log(a)).sum(1) for a in (p, q)]
@@ -131,26 +135,6 @@ def test_the_background_does_not_count(tiny):
     assert soft_dice_loss(p[:, 1:], truth[:, 1:]) > soft_dice_loss(q[:, 1:], truth[:, 1:])
     assert trainer.choose_teacher([careful, everywhere], target) == 1
     assert trainer.choose_teacher([everywhere, careful], target) == 0
-
-
-def _rank(rank: int, port: int, results) -> None:
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    results[rank] = mean_over_ranks(torch.tensor([[0.2, 0.3], [0.9, 0.1]][rank])).tolist()
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_agree_on_the_roles():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(_rank, (port, results), nprocs=2)
-        # Alone, the first rank would choose network 0 and the second network 1.
-        assert results[0] == results[1] == pytest.approx([0.55, 0.2])
 
 
 def test_roles_are_deterministic_with_a_seed(tiny):

@@ -56,11 +56,12 @@ def arrays(outputs: list[torch.Tensor]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("cutmix", [True, False])
+@pytest.mark.parametrize("weak", [True, False])
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 @torch.no_grad()
-def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, cutmix):
+def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, weak, cutmix):
     tiny = TinyDataset(tmp_path, PATCHES[patch])
-    trainer = tiny.initialized(nnUNetTrainerFDPL, cutmix=cutmix, shift=0.25)
+    trainer = tiny.initialized(nnUNetTrainerFDPL, cutmix=cutmix, shift=0.25, weak_teacher=weak)
     labeled, unlabeled = tiny.batches(trainer)
     margin = {"2d": (8, 8), "3d": (4, 4, 4), "anisotropic": (0, 8, 8)}[patch]
     assert trainer.unlabeled_margin == margin
@@ -74,15 +75,16 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, cu
     expected = [(margin, trainer.generator), (2, tiny.patch, 0.5, trainer.generator, torch.device("cpu"))]
     assert drawn == expected[: 1 + cutmix]
 
-    whole = unlabeled["data"].numpy()
-    center = whole[(..., *[slice(m, m + s) for m, s in zip(margin, tiny.patch)])]
-    shifted = whole[(..., *[slice(m + o, m + o + s) for m, o, s in zip(margin, shift, tiny.patch)])]
+    strong, to_label = (unlabeled[name].numpy() for name in ("data", "weak" if weak else "data"))
+    at_center = (..., *[slice(m, m + s) for m, s in zip(margin, tiny.patch)])
+    center = strong[at_center]
+    shifted = to_label[(..., *[slice(m + o, m + o + s) for m, o, s in zip(margin, shift, tiny.patch)])]
     box = boxes.numpy()
     # Two unlabeled images: each is mixed with the other one.
     mixed = np.where(box, center[::-1], center) if cutmix else center
     y_f, y_d = [], []
     for network in trainer.networks:
-        labels, moved = (network(torch.tensor(i))[0].numpy().argmax(1)[:, None] for i in (center, shifted))
+        labels, moved = (network(torch.tensor(i))[0].numpy().argmax(1)[:, None] for i in (to_label[at_center], shifted))
         dynamic = labels.copy()
         for q in np.ndindex(tiny.patch):
             source = tuple(a - o for a, o in zip(q, shift))
@@ -141,13 +143,15 @@ def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size
     assert not has_gradient(trainer.networks[1 - student])
 
 
-def test_pseudo_labels_have_the_form_of_targets(tiny):
+@pytest.mark.parametrize("known", [True, False])
+def test_pseudo_labels_have_the_form_of_targets(tiny, known):
     trainer = tiny.initialized(nnUNetTrainerFDPL)
     labeled, unlabeled = tiny.batches(trainer)
     crop = unlabeled["data"][..., 4:36, 4:36]
     outputs = trainer.network(crop)
     assert outputs[0].requires_grad
-    for labels in trainer.pseudo_labels(trainer.network, outputs, None, crop, (4, 4), labeled["target"]):
+    known = outputs if known else None
+    for labels in trainer.pseudo_labels(trainer.network, known, crop, crop, (4, 4), labeled["target"]):
         assert labels.dtype == labeled["target"].dtype
         assert labels.shape == (2, 1, *tiny.patch)
 
@@ -161,12 +165,21 @@ def test_the_networks_start_with_different_weights(tiny):
 
 # Passes with and without gradient, as batch sizes, of both networks: 2 labeled and 2 unlabeled images per step.
 PASSES = {
-    "both": ({}, [4], [2], [4], [4]),
-    "fixed only": ({"dynamic_weight": 0.0}, [4], [], [4], [2]),
-    "no shift": ({"shift": 0.0}, [4], [], [4], [2]),
-    "no CutMix": ({"cutmix": False}, [4], [2], [4], [2]),
-    "dynamic only": ({"fixed_weight": 0.0}, [4], [2], [4], [4]),
-    "fixed only, no CutMix": ({"dynamic_weight": 0.0, "cutmix": False}, [4], [], [4], []),
+    "both": ({}, [4], [4], [4], [4]),
+    "both, one view": ({"weak_teacher": False}, [4], [2], [4], [4]),
+    "fixed only": ({"dynamic_weight": 0.0}, [4], [2], [4], [2]),
+    "fixed only, one view": ({"dynamic_weight": 0.0, "weak_teacher": False}, [4], [], [4], [2]),
+    "no shift": ({"shift": 0.0}, [4], [2], [4], [2]),
+    "no CutMix": ({"cutmix": False}, [4], [4], [4], [4]),
+    "no CutMix, one view": ({"cutmix": False, "weak_teacher": False}, [4], [2], [4], [2]),
+    "dynamic only": ({"fixed_weight": 0.0}, [4], [4], [4], [4]),
+    "fixed only, no CutMix, one view": (
+        {"dynamic_weight": 0.0, "cutmix": False, "weak_teacher": False},
+        [4],
+        [],
+        [4],
+        [],
+    ),
     "neither": ({"fixed_weight": 0.0, "dynamic_weight": 0.0}, [2], [], [2], []),
 }
 
@@ -274,7 +287,7 @@ def test_regions_are_decided_and_composed_channel_by_channel(tiny):
     whole = torch.randn(1, 1, 40, 40)
     center, shifted = whole[..., 4:36, 4:36], whole[..., 8:40, 0:32]
     logits, moved = (trainer.network(crop)[0] for crop in (center, shifted))
-    fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, None, shifted, (4, -4), like)
+    fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, center, shifted, (4, -4), like)
     assert torch.equal(fixed, torch.sigmoid(logits) > 0.5)
     expected = (torch.sigmoid(logits) > 0.5).clone()
     expected[..., 4:, :-4] = (torch.sigmoid(moved) > 0.5)[..., :-4, 4:]

@@ -15,7 +15,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import binary_erosion
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSemiTCPlus, nnUNetTrainerSupTC
+from nnunet_ssl.methods import (
+    nnUNetTrainerDualNet,
+    nnUNetTrainerFDPL,
+    nnUNetTrainerSemiTC,
+    nnUNetTrainerSemiTCPlus,
+    nnUNetTrainerSupTC,
+)
 from nnunet_ssl.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX
 from nnunet_ssl.unlabeled_data import (
     UnlabeledCase,
@@ -211,6 +217,58 @@ def test_unlabeled_images_are_augmented_like_labeled_ones(tiny):
     ours = str(trainer.dataloader_unlabeled.data_loader.transforms)
     theirs = str(trainer.dataloader_train.data_loader.transforms)
     assert ours.count("RandomTransform") == theirs.count("RandomTransform") > 0
+
+
+def straight(image: torch.Tensor) -> bool:
+    """Whether a plane (H, W) has no curvature anywhere, as a ramp that was rotated, scaled or mirrored."""
+    return all(torch.diff(image, n=2, dim=axis).abs().max() < 1e-3 for axis in (0, 1))
+
+
+def test_the_weak_view_is_moved_like_the_image_and_keeps_its_intensities(tmp_path):
+    """A ramp stays a ramp under nnU-Net's spatial transforms, and not under those of intensity."""
+    tiny = TinyDataset(tmp_path, PATCHES["2d"])
+    ramp = torch.linspace(-3, 3, 160) + 0.5 * torch.linspace(-3, 3, 160)[:, None]
+    tiny._write_blosc(tiny.folder / "hid_0.b2nd", ramp[None, None].numpy())
+    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    rotation, _, size, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    transforms = trainer.get_training_transforms(tiny.patch, rotation, None, axes, False)
+    dataset = UnlabeledDataset([UnlabeledCase("hid_0", str(tiny.folder), "hidden label")])
+    loader = UnlabeledDataLoader(dataset, 1, size, tiny.patch, trainer.label_manager, transforms, weak=True)
+    batches = [next(loader) for _ in range(80)]
+    pairs = [(batch["data"][0, 0], batch["weak"][0, 0]) for batch in batches]
+    # Patches at the image's border are padded.
+    inside = [(strong, weak) for strong, weak in pairs if (weak != 0).all()]
+    assert len(inside) > 20
+    assert all(straight(weak) for _, weak in inside)
+    assert any(not straight(strong) for strong, _ in inside)
+    # Where no intensity was changed both are the same, moved alike.
+    assert 5 < sum(torch.equal(strong, weak) for strong, weak in inside) < len(inside)
+    # Mirrored along both axes: the ramp rises and falls along each.
+    steps = torch.stack([weak[[1, 0], [0, 1]] - weak[0, 0] for _, weak in inside])
+    assert all(set(axis.sign().tolist()) == {-1.0, 1.0} for axis in steps.T)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_every_transform_of_nnunet_carries_the_weak_view(tmp_path, patch):
+    tiny = TinyDataset(tmp_path, PATCHES[patch], channels=2)
+    tiny.plans["configurations"][tiny.configuration]["use_mask_for_norm"] = [True, False]
+    shutil.rmtree(f"{tiny.folder}{UNLABELED_SUFFIX}")
+    trainer = tiny.trainer(nnUNetTrainerDualNet, supervised_fraction=0.0)
+    trainer.on_train_start()
+    for _ in range(30):
+        batch = next(trainer.dataloader_unlabeled)
+        assert batch["weak"].shape == batch["data"].shape
+        assert batch["weak"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSemiTC])
+def test_the_weak_view_is_made_for_those_who_ask(tiny, cls):
+    trainer = tiny.trainer(cls, supervised_fraction=0.0)
+    trainer.on_train_start()
+    assert ("weak" in next(trainer.dataloader_unlabeled)) == (cls is not nnUNetTrainerSemiTC)
+    trainer = tiny.trainer(cls, supervised_fraction=0.0, weak_teacher=False)
+    trainer.on_train_start()
+    assert "weak" not in next(trainer.dataloader_unlabeled)
 
 
 @pytest.mark.parametrize(("planned", "labeled", "unlabeled"), [(1, 1, 1), (2, 1, 1), (5, 3, 2), (8, 4, 4)])

@@ -16,6 +16,7 @@ VERBS = {
     "preprocess": "preprocess the images without labels",
     "split": "append folds that hide the labels of some cases, for experiments",
     "configure": "write a plans file with hyper-parameters, or with a smaller network",
+    "train": "train in processes that torchrun starts, on several machines",
     "compare": "score trainers on held-out cases, and write tables and a report page",
     "postprocess": "remove small objects and fill holes in predictions",
     "export": "make a model folder of the second network of a dual training",

@@ -4,8 +4,9 @@ Lu, Wu, Kateb, Chaddad: "Semi-supervised medical image segmentation via dual net
 
 Departures from the paper: nnU-Net's loss, optimizer and augmentation; a residual-encoder U-Net beside the plan's own
 instead of a 3D ResNet beside a V-Net; any number of classes, and regions; a reliable voxel is one where both networks
-are sure; the paper names no weights but the contrastive one, here all are 1 but that, with a common ramp. On several
-devices, entropies are compared and prototypes made on each for itself.
+are sure; the paper names no weights but the contrastive one, here all are 1 but that, with a common ramp; the teacher
+sees unlabeled images before nnU-Net's changes of intensity, which the paper does not make (weak and strong views as in
+FixMatch, Sohn et al. 2020). On several devices, entropies are compared and prototypes made on each for itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.contrastive import contrastive_loss
+from nnunet_ssl.distributed import mean_over_ranks
 from nnunet_ssl.hyperparameters import HyperParameters, parameter
 from nnunet_ssl.losses import (
     cosine_distance,
@@ -32,7 +34,7 @@ from nnunet_ssl.losses import (
     upper_threshold,
 )
 from nnunet_ssl.monitor import PSEUDO_LABELS
-from nnunet_ssl.networks import FeatureTap, full_resolution, mean_over_ranks, quiet_pass
+from nnunet_ssl.networks import FeatureTap, full_resolution, quiet_pass
 from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.plans import with_partner_network
 from nnunet_ssl.schedules import gaussian_ramp
@@ -53,6 +55,9 @@ class DualNetworkParameters(HyperParameters):
     consistency_weight: float = parameter(1.0, "weight of the consistency term; 0 switches it off", minimum=0.0)
     uncertainty_weight: float = parameter(1.0, "weight of the uncertainty term; 0 switches it off", minimum=0.0)
     contrastive_weight: float = parameter(0.1, "weight of the contrastive term; 0 switches it off", minimum=0.0)
+    weak_teacher: bool = parameter(
+        True, "whether the teacher sees unlabeled images without intensity augmentation; else as the student sees them"
+    )
     reliable_fraction: float = parameter(
         0.8, "a voxel is reliable where both entropies are among this fraction of the lowest", minimum=0.0, maximum=1.0
     )
@@ -103,7 +108,8 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         else:
             student_outputs, features = self.networks[student](unlabeled["data"]), None
         with torch.no_grad():
-            teacher_logits = full_resolution(self.networks[teacher](unlabeled["data"]))
+            seen = unlabeled["weak" if self.wants_weak_view else "data"]
+            teacher_logits = full_resolution(self.networks[teacher](seen))
         values = self.student_terms(
             [full_resolution(student_outputs), logits[student]], [teacher_logits, logits[teacher].detach()], features
         )

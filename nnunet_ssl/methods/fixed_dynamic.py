@@ -6,7 +6,9 @@ arXiv:2405.07256 (2024).
 Departures from the paper: nnU-Net's loss with deep supervision on pseudo-labels too, optimizer and augmentation; any
 number of classes, and regions; shifted crops in 3D have a random direction per axis, and show zeros where they leave
 the image; a single unlabeled image per batch is mixed with a labeled one, whose labels then count inside the box. The
-summary at hand names neither weight, ramp nor shift: weights of 1 with a Gaussian ramp, an eighth of the side.
+summary at hand names neither weight, ramp nor shift: weights of 1 with a Gaussian ramp, an eighth of the side. The
+networks label images before nnU-Net's changes of intensity, which the paper does not make (weak and strong views as in
+FixMatch, Sohn et al. 2020).
 """
 
 from __future__ import annotations
@@ -50,6 +52,9 @@ class FixedDynamicParameters(HyperParameters):
     shift: float = parameter(
         0.125, "how far the shifted crop lies off the center", "fraction of the patch side", minimum=0.0, maximum=1.0
     )
+    weak_teacher: bool = parameter(
+        True, "whether images are labeled without intensity augmentation; else as the networks learn from them"
+    )
     cutmix: bool = parameter(True, "whether the second network learns from mixtures of two images")
     cutmix_share: float = parameter(0.5, "part of the patch that comes from the other image", minimum=0.01, maximum=1.0)
     cross_entropy_share: float | None = parameter(
@@ -90,8 +95,10 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
 
         margin = self.unlabeled_margin
         shift = draw_shift(margin, self.generator)
-        center = shifted_crop(unlabeled["data"], margin, [0] * len(margin))
-        shifted = shifted_crop(unlabeled["data"], margin, shift)
+        no_shift = [0] * len(margin)
+        center = shifted_crop(unlabeled["data"], margin, no_shift)
+        weak = unlabeled["weak" if self.wants_weak_view else "data"]
+        to_label = shifted_crop(weak, margin, no_shift), shifted_crop(weak, margin, shift)
         boxes = None
         if self.hp.cutmix:
             boxes = cutmix_boxes(len(center), center.shape[2:], self.hp.cutmix_share, self.generator, center.device)
@@ -101,11 +108,12 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         # autocast would keep the copies of weights that the latter make, and these lead to no gradient.
         passes = [network(torch.cat([data, images])) for network, images in zip(self.networks, (center, mixed))]
         on_labels, on_images = zip(*(split_outputs(outputs, len(data)) for outputs in passes))
+        # A network that has seen the very crop to label already needs no further pass of it.
+        known = [None if self.wants_weak_view else outputs for outputs in on_images]
+        if boxes is not None:
+            known[1] = None
         fixed, dynamic = zip(
-            self.pseudo_labels(self.networks[0], on_images[0], None, shifted, shift, target),
-            self.pseudo_labels(
-                self.networks[1], on_images[1], None if boxes is None else center, shifted, shift, target
-            ),
+            *(self.pseudo_labels(n, k, *to_label, shift, target) for n, k in zip(self.networks, known))
         )
         self.statistics["agreement"] = (fixed[0] == fixed[1]).float().mean()
         self.statistics["redecided"] = torch.stack([(d != f).float().mean() for d, f in zip(dynamic, fixed)]).mean()
@@ -146,8 +154,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
     def pseudo_labels(
         self,
         teacher: nn.Module,
-        known: Any,
-        center: Tensor | None,
+        known: Any | None,
+        center: Tensor,
         shifted: Tensor,
         shift: tuple[int, ...],
         like: Tensor,
@@ -157,7 +165,7 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         Args:
             teacher: The network.
             known: Its outputs for the center crop, where they are at hand already.
-            center: The center crop (B, C, *S), where it must be predicted; else None.
+            center: The center crop (B, C, *S).
             shifted: The crop that lies off the center by ``shift``.
             shift: In voxels per axis. At zero, both crops are one.
             like: nnU-Net's target, whose type and channels the labels get.
@@ -165,9 +173,9 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         Returns:
             Two label maps (B, 1, *S), or region channels (B, R, *S).
         """
-        wanted = ([] if center is None else [center]) + ([shifted] if any(shift) else [])
+        wanted = ([center] if known is None else []) + ([shifted] if any(shift) else [])
         logits = list(full_resolution(teacher(torch.cat(wanted))).split(len(shifted))) if wanted else []
-        if center is None:
+        if known is not None:
             logits.insert(0, full_resolution(known))
         labels = [hard_labels(z, like, self.label_manager.has_regions) for z in logits]
         return labels[0], compose_pseudo_labels(labels[0], labels[-1], shift)
