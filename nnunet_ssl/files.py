@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def replace_atomically(path: str, write: Callable[[str], None]) -> None:
@@ -29,9 +29,26 @@ def replace_atomically(path: str, write: Callable[[str], None]) -> None:
 
 def write_atomically(path: str, content: bytes) -> None:
     """Write bytes to ``path``; see ``replace_atomically``."""
+    write_together({path: content})
 
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            file.write(content)
 
-    replace_atomically(path, write)
+def write_together(contents: Mapping[str, bytes]) -> None:
+    """Write files that belong together: where the disk is full, the previous version of all of them stays.
+
+    Args:
+        contents: By path.
+    """
+    temporaries = {path: f"{path}.part" for path in contents}
+    try:
+        for path, content in contents.items():
+            with open(temporaries[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries.values():
+            if os.path.exists(temporary):
+                os.remove(temporary)
+        raise

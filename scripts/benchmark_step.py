@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import io
 import os
 import platform
@@ -24,14 +25,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSemiTC
+from nnunet_ssl.monitor import Monitor
 from nnunet_ssl.plans import shrink
 from nnunet_ssl.spatial import align_displacements, sample_displacement, solver_grid, warp, without_margin
+from nnunet_ssl.unlabeled_data import UnlabeledCase
 
 # Patch, batch (labeled + unlabeled) and the stages nnU-Net plans for such a patch.
 CASES = {"2d 256x256": ((256, 256), 4, 7), "3d 64x64x64": ((64, 64, 64), 2, 5)}
@@ -112,8 +116,8 @@ def make_batches(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> tuple[dict, 
     data = torch.randn(trainer.batch_size, 1, *patch)
     target = torch.randint(0, NUM_LABELS, (trainer.batch_size, 1, *patch)).to(torch.int16)
     larger = getattr(trainer, "unlabeled_patch_size", patch)
-    unlabeled = torch.randn(getattr(trainer, "unlabeled_batch_size", 0), 1, *larger)
-    return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "keys": []}
+    unlabeled, weak = (torch.randn(getattr(trainer, "unlabeled_batch_size", 0), 1, *larger) for _ in range(2))
+    return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "weak": weak, "keys": []}
 
 
 def targets_for_deep_supervision(trainer: nnUNetTrainer, target: torch.Tensor) -> list[torch.Tensor]:
@@ -141,14 +145,14 @@ def make_step(
 def make_floor(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> Callable[[], object]:
     """One forward and backward pass of each of a trainer's networks on its whole batch, with nnU-Net's loss.
 
-    FDPL's networks label unlabeled crops besides: the first one the shifted crop, the second one both.
+    FDPL's networks label both unlabeled crops besides.
     """
     labeled = make_batches(trainer, patch)[0]["data"]
     unlabeled = torch.randn(trainer.unlabeled_batch_size, 1, *patch).to(trainer.device)
     data = torch.cat([labeled.to(trainer.device), unlabeled])
     target = torch.randint(0, NUM_LABELS, data.shape, device=trainer.device).to(torch.int16)
     targets = targets_for_deep_supervision(trainer, target)
-    labeling = [unlabeled, torch.cat([unlabeled] * 2)] if isinstance(trainer, nnUNetTrainerFDPL) else []
+    crops = [torch.cat([unlabeled] * 2)] * 2 if isinstance(trainer, nnUNetTrainerFDPL) else []
 
     def floor() -> None:
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -156,9 +160,9 @@ def make_floor(trainer: nnUNetTrainer, patch: tuple[int, ...]) -> Callable[[], o
             with trainer.autocast():
                 loss = trainer.loss(network(data), targets)
             (loss if trainer.grad_scaler is None else trainer.grad_scaler.scale(loss)).backward()
-        for network, crops in zip(trainer.networks, labeling):
+        for network, images in zip(trainer.networks, crops):
             with trainer.autocast(), torch.no_grad():
-                network(crops)
+                network(images)
 
     return floor
 
@@ -306,11 +310,34 @@ def compare_memory(device: torch.device) -> None:
         print(f"peak memory {case}: {said}", flush=True)
 
 
+def monitor_cost(device: torch.device, repetitions: int) -> None:
+    """What looking at two unlabeled cases every epoch and drawing them every 50 adds to epochs of nnU-Net's length."""
+    steps_per_epoch, every = 250, 50
+    for name, (patch, batch, stages) in CASES.items():
+        for cls in TRAINERS[1:]:
+            trainer, step = make_step(cls, patch, batch, stages, device)
+            folder = Path(trainer.preprocessed_dataset_folder)
+            sides = [1] * (3 - len(patch)) + list(trainer.unlabeled_patch_size)
+            for case in ("a", "b"):
+                noise = np.random.default_rng(0).normal(size=(1, *sides)).astype(np.float32)
+                blosc2.asarray(noise, urlpath=str(folder / f"{case}.b2nd"), mode="w")
+            cases = [UnlabeledCase(case, str(folder), "noise") for case in ("a", "b")]
+            monitor = Monitor(cases, trainer.unlabeled_patch_size)
+            looks = [functools.partial(monitor.look, trainer, file) for file in (None, str(folder / "picture.png"))]
+            seconds, look, picture = np.median(time_in_turns([step, *looks], repetitions, device), axis=0)
+            share = (look * (every - 1) + picture) / every / (steps_per_epoch * seconds)
+            who = f"{name}, {cls.__name__.removeprefix('nnUNetTrainer')}"
+            print(f"monitor {who}: step {seconds:.2f} s, look {look:.2f} s, with picture {picture:.2f} s; "
+                  f"{100 * share:.2f} % of {steps_per_epoch} steps", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--only", choices=("memory", "steps", "transforms"), help="one part of the benchmark")
+    parser.add_argument(
+        "--only", choices=("memory", "monitor", "steps", "transforms"), help="one part of the benchmark"
+    )
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "TRAINER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -322,6 +349,7 @@ def main() -> None:
             return
         parts = {
             "memory": lambda: compare_memory(device),
+            "monitor": lambda: monitor_cost(device, arguments.repetitions),
             "steps": lambda: compare_steps(device, arguments.repetitions),
             "transforms": lambda: compare_fields(arguments.repetitions),
         }

@@ -13,7 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.checkpoint import STATE_KEY, random_state, restore_random_state
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import replace_atomically, write_atomically
+from nnunet_ssl.files import replace_atomically, write_atomically, write_together
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
 
 
@@ -133,6 +133,23 @@ def test_a_failed_write_leaves_the_previous_version(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
     write_atomically(str(file), b"new")
     assert file.read_bytes() == b"new"
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch):
+    files = [str(tmp_path / name) for name in ("table.csv", "report.html")]
+    write_together(dict.fromkeys(files, b"old"))
+    synced = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_together(dict.fromkeys(files, b"new"))
+    assert {Path(file).read_bytes() for file in files} == {b"old"}
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tiny, monkeypatch):

@@ -7,8 +7,11 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from made_up_results import Results, compare
+
+from nnunet_ssl.evaluation.figures import scatter, short
 
 
 def test_names_are_no_formulas_and_plots_have_no_background(results):
@@ -20,6 +23,13 @@ def test_names_are_no_formulas_and_plots_have_no_background(results):
     page = (results.root / "out" / "report.html").read_text()
     assert "<b>" not in page
     assert "fill: #ffffff" not in page
+
+
+def test_a_legend_shows_every_name():
+    names = ["nnUNetTrainer", "_mine", "b" * 100]
+    figure = scatter(np.arange(3.0), np.arange(6.0).reshape(2, 3), names, "Dice")
+    for name in names[1:]:
+        assert short(name).strip() in figure
 
 
 class Links(HTMLParser):

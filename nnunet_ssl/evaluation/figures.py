@@ -46,6 +46,8 @@ def color(index: int) -> str:
 def short(name: str) -> str:
     """A candidate's name as it fits a plot."""
     name = name.removeprefix("nnUNetTrainer") or name
+    # Matplotlib keeps names that start with an underscore out of legends.
+    name = f" {name}" if name.startswith("_") else name
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
 
 

@@ -12,7 +12,7 @@ from nnunet_ssl.evaluation.candidates import Candidate, Reference
 from nnunet_ssl.evaluation.case_pictures import draw_cases
 from nnunet_ssl.evaluation.comparison import Comparison, as_json, write_csv
 from nnunet_ssl.evaluation.report import build_report
-from nnunet_ssl.files import write_atomically
+from nnunet_ssl.files import write_together
 from nnunet_ssl.postprocessing import Cleaning
 
 
@@ -62,6 +62,5 @@ def write_comparison(
         "report.html": report.encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_atomically(str(folder / name), content)
+    write_together({str(folder / name): content for name, content in contents.items()})
     return [folder / name for name in contents]
