@@ -55,7 +55,7 @@ def make_plans(patch: tuple[int, ...], stages: int) -> dict:
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": 2,
         "patch_size": list(patch),
-        "median_image_size_in_voxels": list(patch),
+        "median_image_size_in_voxels": [2 * side for side in patch],
         "spacing": [1.0] * dims,
         "normalization_schemes": ["ZScoreNormalization"],
         "use_mask_for_norm": [False],

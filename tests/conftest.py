@@ -39,7 +39,7 @@ def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": batch_size,
         "patch_size": list(patch),
-        "median_image_size_in_voxels": list(patch),
+        "median_image_size_in_voxels": [2.0 * side for side in patch],
         "spacing": [1.0] * dims,
         "normalization_schemes": ["ZScoreNormalization"] * channels,
         "use_mask_for_norm": [False] * channels,

@@ -216,6 +216,19 @@ def test_without_a_shift_dynamic_equals_fixed(tiny):
     assert trainer.statistics["redecided"] == 0
 
 
+@pytest.mark.parametrize(("median", "margin"), [((64, 64), (4, 4)), ((36, 40), (2, 4)), ((31, 34.5), (0, 1))])
+def test_the_shift_stays_where_images_have_room(tiny, median, margin):
+    tiny.plans["configurations"]["2d"]["median_image_size_in_voxels"] = list(median)
+    assert tiny.trainer(nnUNetTrainerFDPL).unlabeled_margin == margin
+
+
+@pytest.mark.parametrize(("side", "warned"), [(32, True), (40, False)])
+def test_the_log_says_where_dynamic_labels_equal_the_fixed_ones(tiny, side, warned):
+    tiny.plans["configurations"]["2d"]["median_image_size_in_voxels"] = [side, side]
+    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    assert ("dynamic pseudo-labels equal the fixed ones" in Path(trainer.log_file).read_text()) == warned
+
+
 def test_weights_follow_the_ramp(tiny):
     trainer = tiny.initialized(nnUNetTrainerFDPL, unlabeled_ramp=0.5, dynamic_weight=2.0)
     batches = tiny.batches(trainer)

@@ -4,11 +4,11 @@ Kumari, Singh: "Leveraging fixed and dynamic pseudo-labels for semi-supervised m
 arXiv:2405.07256 (2024).
 
 Departures from the paper: nnU-Net's loss with deep supervision on pseudo-labels too, optimizer and augmentation; any
-number of classes, and regions; shifted crops in 3D have a random direction per axis, and show zeros where they leave
-the image; a single unlabeled image per batch is mixed with a labeled one, whose labels then count inside the box. The
-summary at hand names neither weight, ramp nor shift: weights of 1 with a Gaussian ramp, an eighth of the side. The
-networks label images before nnU-Net's changes of intensity, which the paper does not make (weak and strong views as in
-FixMatch, Sohn et al. 2020).
+number of classes, and regions; crops in 3D are shifted in a random direction per axis, by less where images are hardly
+larger than the patch, and show zeros where they leave the image; a single unlabeled image per batch is mixed with a
+labeled one, whose labels then count inside the box. The summary at hand names neither weight, ramp nor shift: weights
+of 1 with a Gaussian ramp, an eighth of the side. The networks label images before nnU-Net's changes of intensity, which
+the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020).
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class FixedDynamicParameters(HyperParameters):
         minimum=0.0,
     )
     shift: float = parameter(
-        0.125, "how far the shifted crop lies off the center", "fraction of the patch side", minimum=0.0, maximum=1.0
+        0.125,
+        "how far the shifted crop lies off the center; less along axes where the plan's median image has no room",
+        "fraction of the patch side",
+        minimum=0.0,
+        maximum=1.0,
     )
     weak_teacher: bool = parameter(
         True, "whether images are labeled without intensity augmentation; else as the networks learn from them"
@@ -75,17 +79,34 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
     uses_unlabeled: ClassVar[bool] = True
     pseudo_label_loss: nn.Module
 
+    def initialize(self) -> None:
+        """Build both networks, and say where images leave no room for the shift."""
+        super().initialize()
+        if self.hp.shift > 0 and self.hp.dynamic_weight > 0 and not any(self.unlabeled_margin):
+            self.print_to_log_file(
+                "WARNING: images are hardly larger than the patch, so there is no shifted crop to look at: dynamic "
+                "pseudo-labels equal the fixed ones. A smaller patch (nnunet-ssl configure --patch-size) makes room."
+            )
+
     def partner_plans(self) -> dict[str, Any]:
         """The plans themselves: the second network differs by its initial weights and by what it sees."""
         return copy.deepcopy(self.plans_manager.plans)
 
     @property
     def unlabeled_margin(self) -> tuple[int, ...]:
-        """What the shifted crops need beyond the patch; nothing across the slices of anisotropic patches."""
-        patch_size = self.configuration_manager.patch_size
+        """What the shifted crops need beyond the patch; nothing across the slices of anisotropic patches.
+
+        No more than the median image has beyond the patch: crops that hang over the border lose what they show there,
+        and networks that learn from such labels shrink structures.
+        """
+        plan = self.configuration_manager
         shift = self.hp.shift if self.hp.dynamic_weight > 0 else 0.0
         fixed_axes = (0,) if self.augments_slice_by_slice else ()
-        return tuple(0 if axis in fixed_axes else round(shift * side) for axis, side in enumerate(patch_size))
+        room = [
+            max(0, int(whole - side) // 2) for whole, side in zip(plan.median_image_size_in_voxels, plan.patch_size)
+        ]
+        wanted = [0 if axis in fixed_axes else round(shift * side) for axis, side in enumerate(plan.patch_size)]
+        return tuple(map(min, wanted, room))
 
     def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
         """Both networks learn from labels, and each from the other's pseudo-labels."""
