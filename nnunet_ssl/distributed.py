@@ -6,11 +6,9 @@ nnU-Net takes a process's rank for the number of its GPU, which holds on one mac
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import nnunetv2.training.nnUNetTrainer.nnUNetTrainer
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -29,8 +27,8 @@ def device_of_process(requested: torch.device) -> torch.device:
     return torch.device("cuda", local_rank()) if requested.type == "cuda" else requested
 
 
-def data_parallel(network: nn.Module) -> nn.Module:
-    """A network wrapped for training in several processes, on the device it is on."""
+def data_parallel(network: nn.Module, device_ids: Sequence[int] = ()) -> nn.Module:
+    """A network wrapped for training in several processes, on the device it is on, whatever number nnU-Net names."""
     device = next(network.parameters()).device
     return DistributedDataParallel(
         nn.SyncBatchNorm.convert_sync_batchnorm(network), device_ids=[device] if device.type == "cuda" else None
@@ -70,18 +68,6 @@ def joined_processes(kind: str) -> Iterator[torch.device]:
         yield device_of_process(torch.device(kind))
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def wrapping_on_own_device() -> Iterator[None]:
-    """Inside, nnU-Net wraps networks on the device they are on, whatever number it names."""
-    module: Any = nnunetv2.training.nnUNetTrainer.nnUNetTrainer
-    stock = module.DDP
-    module.DDP = lambda network, device_ids: data_parallel(network)
-    try:
-        yield
-    finally:
-        module.DDP = stock
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -59,6 +59,9 @@ class HyperParameters:
     rotation_degrees: float | None = parameter(
         None, "largest rotation in augmentation; nnU-Net's own choice if null", "degrees", minimum=0.0, maximum=180.0
     )
+    loader_timeout: float = parameter(
+        60.0, "how long to wait for a batch before the training ends with an error", "seconds", minimum=1.0
+    )
     cpu_bfloat16: bool = parameter(
         False, "train with bfloat16 autocast when on the CPU: faster where the CPU has such arithmetic, else far slower"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -35,29 +36,46 @@ def weighted_sum(terms: Mapping[str, LossTerm]) -> Tensor:
     return total
 
 
-def backward_and_step(
+def on_host(values: Sequence[Tensor | float]) -> np.ndarray:
+    """Scalars as float32 (values,); those that are on a device come in one transfer."""
+    tensors = {i: value.detach().float() for i, value in enumerate(values) if isinstance(value, Tensor)}
+    numbers = np.array([0.0 if i in tensors else value for i, value in enumerate(values)], dtype=np.float32)
+    numbers[list(tensors)] = torch.stack(list(tensors.values())).cpu().numpy()
+    return numbers
+
+
+def backward(
     total: Tensor, networks: Sequence[nn.Module], optimizer: Optimizer, grad_scaler: torch.amp.GradScaler | None
-) -> None:
-    """Step for step what the stock trainer does.
+) -> list[Tensor]:
+    """Gradients of the loss, clipped as the stock trainer does.
 
     Each network's gradient is clipped by its own norm, so that a second network does not shorten the steps of the
-    first. With a gradient scaler, an overflow in one network skips the step of all: they share one scale.
+    first.
 
     Args:
         total: The loss, a scalar.
         networks: Whose parameters the optimizer holds.
         optimizer: Their gradients must be cleared already.
         grad_scaler: Under float16 autocast.
+
+    Returns:
+        Each network's norm, a scalar tensor, before it was clipped.
     """
     if grad_scaler is None:
         total.backward()
     else:
         grad_scaler.scale(total).backward()
         grad_scaler.unscale_(optimizer)
-    for network in networks:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), _GRADIENT_NORM)
-    if grad_scaler is None:
-        optimizer.step()
-    else:
+    return [torch.nn.utils.clip_grad_norm_(network.parameters(), _GRADIENT_NORM) for network in networks]
+
+
+def step(optimizer: Optimizer, grad_scaler: torch.amp.GradScaler | None, is_finite: bool) -> None:
+    """Change the weights, unless loss or gradient is not finite.
+
+    A gradient scaler sees to that itself. An overflow in one network skips the step of all: they share one scale.
+    """
+    if grad_scaler is not None:
         grad_scaler.step(optimizer)
         grad_scaler.update()
+    elif is_finite:
+        optimizer.step()

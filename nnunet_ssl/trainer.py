@@ -6,13 +6,13 @@ A method derives from it, names its hyper-parameters and loss terms, and impleme
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -22,17 +22,20 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
+from nnunet_ssl.background_workers import WatchedAugmenter
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
-from nnunet_ssl.distributed import device_of_process, mean_over_ranks, wrapping_on_own_device
+from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_ranks
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
-from nnunet_ssl.optimization import backward_and_step, weighted_sum
+from nnunet_ssl.nnunet_names import replaced_in_trainer_module
+from nnunet_ssl.optimization import LossTerm, backward, on_host, step, weighted_sum
 from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.run_record import note_validation, write_record
 from nnunet_ssl.schedules import RestartingPolyLRScheduler
+from nnunet_ssl.step_guard import StepGuard
 from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.unlabeled_data import (
@@ -101,6 +104,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self._unlabeled_cases: list[UnlabeledCase] = []
         self._weights_file = _FINAL
         self.generator = torch.Generator()
+        self._guard = StepGuard(self.print_to_log_file)
         self._iterations_done_in_epoch = 0
         self._state_to_restore: dict[str, Any] | None = None
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
@@ -115,7 +119,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.hp.seed is not None:
             # Weights alike on all ranks (DDP would copy rank 0's anyway), everything drawn later different.
             torch.manual_seed(self.hp.seed)
-        with wrapping_on_own_device():
+        with replaced_in_trainer_module(DDP=data_parallel):
             super().initialize()
         plans = self.partner_plans()
         if plans is not None:
@@ -180,7 +184,9 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's two loaders; makes the unlabeled one beside them."""
-        labeled, validation = super().get_dataloaders()
+        watched = functools.partial(WatchedAugmenter, timeout=self.hp.loader_timeout)
+        with replaced_in_trainer_module(NonDetMultiThreadedAugmenter=watched):
+            labeled, validation = super().get_dataloaders()
         if self.uses_unlabeled:
             self.dataloader_unlabeled = make_unlabeled_loader(self, self._unlabeled_cases, self._augmentation)
         return labeled, validation
@@ -206,6 +212,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """Put the networks into training mode and announce the switch of stages."""
         self._iterations_done_in_epoch = 0
+        self._guard.start_epoch()
         super().on_train_epoch_start()
         for network in self.networks:
             network.train()
@@ -213,7 +220,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             self.print_to_log_file("Stage 2: the semi-supervised terms are on, the learning rate restarts")
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One optimizer step on the labeled batch and, in stage 2, an unlabeled one."""
+        """One optimizer step on the labeled batch and, in stage 2, an unlabeled one; none if it is not finite."""
         labeled = self._to_device(batch)
         unlabeled = None
         if self.dataloader_unlabeled is not None and self.in_second_stage:
@@ -222,21 +229,33 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         with self.autocast():
             terms = self.loss_terms(labeled, unlabeled)
             total = weighted_sum(terms)
-        backward_and_step(total, self.networks, self.optimizer, self.grad_scaler)
+        norms = backward(total, self.networks, self.optimizer, self.grad_scaler)
+        # Ranks must agree on the steps they skip. With a gradient scaler, overflow of the gradient is its business.
+        decisive = [mean_over_ranks(total.detach()), *(norms if self.grad_scaler is None else ())]
+        # One transfer for all values: a step waits for the device no more often than the stock trainer's.
+        numbers = on_host([*decisive, total, *self._values_to_log(terms)])
+        loss, logged = numbers[len(decisive)], numbers[len(decisive) + 1 :]
+        is_finite = bool(np.isfinite(numbers[: len(decisive)]).all())
+        step(self.optimizer, self.grad_scaler, is_finite)
+        by_name = dict(zip(self.logger.local_logger.step_names, logged.tolist()))
+        keys = [*labeled["keys"], *(unlabeled["keys"] if unlabeled is not None else ())]
+        self._guard.note(is_finite, {name: by_name[name] for name in terms}, keys)
         self.after_step()
         self._iterations_done_in_epoch += 1
-        logged = {name: term.value for name, term in terms.items()} | self.statistics
-        logged |= {TermLogger.weight(name): terms[name].weight for name in self.unlabeled_terms if name in terms}
-        values = [total, *(logged.get(name, float("nan")) for name in self.logger.local_logger.step_names)]
-        # One transfer for all values, of those alone that are on the device: a step waits for it no more often than the
-        # stock trainer's.
-        tensors = {i: value.detach().float() for i, value in enumerate(values) if isinstance(value, Tensor)}
-        numbers = np.array([0.0 if i in tensors else value for i, value in enumerate(values)], dtype=np.float32)
-        numbers[list(tensors)] = torch.stack(list(tensors.values())).cpu().numpy()
-        return {"loss": numbers[0], "terms": numbers[1:]}
+        return {"loss": loss, "terms": logged, "finite": is_finite}
+
+    def _values_to_log(self, terms: dict[str, LossTerm]) -> list[Tensor | float]:
+        """Values, weights and statistics in the order of the log; not a number for those that this step has not."""
+        values = dict(self.statistics) | {name: term.value for name, term in terms.items()}
+        values |= {TermLogger.weight(name): terms[name].weight for name in self.unlabeled_terms if name in terms}
+        return [values.get(name, float("nan")) for name in self.logger.local_logger.step_names]
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the mean of every term and statistic over the epoch and over ranks."""
+        taken = [output for output in train_outputs if output["finite"]]
+        if len(taken) < len(train_outputs):
+            self.print_to_log_file(f"{self._guard.skipped_in_epoch} steps of this epoch were skipped")
+        train_outputs = taken or train_outputs
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
         # The same terms were on in every step of the epoch: stages switch between epochs.
         means = torch.from_numpy(np.stack([output["terms"] for output in train_outputs]).mean(0)).to(self.device)
@@ -263,7 +282,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         """Write checkpoint_final.pth and stop the loaders."""
         super().on_train_end()
         self._weights_file = _FINAL
-        if isinstance(self.dataloader_unlabeled, NonDetMultiThreadedAugmenter):
+        if isinstance(self.dataloader_unlabeled, WatchedAugmenter):
             self.dataloader_unlabeled._finish()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

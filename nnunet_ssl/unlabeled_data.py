@@ -16,16 +16,14 @@ import blosc2
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 
 from nnunet_ssl.augmentation import Augmentation, initial_patch_size
+from nnunet_ssl.background_workers import in_background_workers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.preprocessing import (
     TEST_SUFFIX,
@@ -303,28 +301,4 @@ def make_unlabeled_loader(
         masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
         weak=trainer.wants_weak_view,
     )
-    return in_background_workers(loader, pin_memory=trainer.device.type == "cuda")
-
-
-def in_background_workers(loader: UnlabeledDataLoader, pin_memory: bool) -> Iterator[dict[str, Any]]:
-    """Run the loader as nnU-Net runs its own; in this process where nnUNet_n_proc_DA is 0.
-
-    Args:
-        loader: What to run.
-        pin_memory: Whether batches go to a GPU.
-    """
-    workers = get_allowed_n_proc_DA()
-    if workers == 0:
-        return SingleThreadedAugmenter(loader, None)
-    augmenter = NonDetMultiThreadedAugmenter(
-        data_loader=loader,
-        transform=None,
-        num_processes=max(1, workers // 2),
-        num_cached=max(3, workers // 4),
-        seeds=None,
-        pin_memory=pin_memory,
-        wait_time=0.002,
-    )
-    # Starts the workers, so that the first step finds its batch ready.
-    next(augmenter)
-    return augmenter
+    return in_background_workers(loader, trainer.device.type == "cuda", trainer.hp.loader_timeout)

@@ -358,7 +358,7 @@ def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkey
     from nnunet_ssl import unlabeled_data
 
     made = []
-    monkeypatch.setattr(unlabeled_data, "in_background_workers", lambda loader, pin_memory: made.append(loader))
+    monkeypatch.setattr(unlabeled_data, "in_background_workers", lambda loader, *_: made.append(loader))
     trainer = tiny.initialized(nnUNetTrainerFDPL, rotation_degrees=15)
     trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     unlabeled_data.make_unlabeled_loader(trainer, trainer.find_unlabeled_cases(), trainer._augmentation)

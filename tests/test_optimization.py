@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.optimization import LossTerm, backward_and_step, weighted_sum
+from nnunet_ssl.optimization import LossTerm, backward, on_host, step, weighted_sum
 
 
 def test_weighted_sum():
@@ -21,7 +22,27 @@ def test_each_network_is_clipped_by_its_own_norm():
     before = [n.weight.detach().clone() for n in networks]
     optimizer = torch.optim.SGD([p for n in networks for p in n.parameters()], lr=1.0)
     total = networks[0](torch.tensor([1.0, 2.0, 2.0])) + networks[1](torch.tensor([300.0, 600.0, 600.0]))
-    backward_and_step(total.sum(), networks, optimizer, None)
+    norms = backward(total.sum(), networks, optimizer, None)
+    assert [norm.item() for norm in norms] == pytest.approx([3.0, 900.0], rel=1e-5)
+    step(optimizer, None, is_finite=True)
     steps = [(b - n.weight.detach()).norm().item() for b, n in zip(before, networks)]
     # The first gradient's norm is 3, below the bound of 12; the second's is cut to it.
     assert steps == pytest.approx([3.0, 12.0], rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_not_taken():
+    network = torch.nn.Linear(2, 1)
+    before = [p.detach().clone() for p in network.parameters()]
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
+    (norm,) = backward(network(torch.full((1, 2), float("inf"))).sum(), [network], optimizer, None)
+    assert not torch.isfinite(norm)
+    step(optimizer, None, is_finite=False)
+    assert all(torch.equal(b, p) for b, p in zip(before, network.parameters()))
+    assert not optimizer.state, "momentum would carry it into later steps"
+
+
+def test_on_host():
+    values = [torch.tensor(1.5), 2.5, torch.tensor(float("nan"), dtype=torch.bfloat16), 4.0]
+    numbers = on_host(values)
+    assert numbers.dtype == np.float32
+    np.testing.assert_array_equal(numbers, [1.5, 2.5, np.nan, 4.0])
