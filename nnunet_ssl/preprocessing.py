@@ -192,10 +192,11 @@ def preprocess_cases(
     if done:
         check_same_preprocessing(output_folder, settings)
     os.makedirs(output_folder, exist_ok=True)
-    for name in os.listdir(output_folder):
-        if name.endswith(_PART_SUFFIX):
-            os.remove(os.path.join(output_folder, name))
-    write_atomically(os.path.join(output_folder, SETTINGS_FILE), json.dumps(settings, indent=2).encode())
+    try:
+        write_atomically(os.path.join(output_folder, SETTINGS_FILE), json.dumps(settings, indent=2).encode())
+    except FileNotFoundError:
+        # Another part of the same work has just put it there.
+        check_same_preprocessing(output_folder, settings)
     todo = [case for case in cases if case.identifier not in done or _is_newer(case, output_folder)]
     arguments = (plans, configuration, dataset_json, output_folder)
     if num_processes == 1 or len(todo) < 2:

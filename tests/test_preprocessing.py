@@ -92,6 +92,44 @@ def test_finished_cases_are_skipped_and_half_written_ones_redone(raw, capsys):
     assert (raw.output / "a.b2nd").stat().st_mtime_ns != stamp
 
 
+def test_parts_share_the_cases(raw, capsys):
+    for i in range(5):
+        raw.write(f"imagesUn/c{i}_0000.png")
+    made = []
+    for part in range(2):
+        assert raw.run("--num-parts", "2", "--part-id", str(part)) == 0
+        made.append({p.name for p in raw.output.glob("*.b2nd")} - set().union(*made))
+    assert [len(names) for names in made] == [3, 2]
+    assert raw.run() == 0
+    assert "0 preprocessed, 5 were there already" in capsys.readouterr().out
+
+
+def test_parts_that_start_together_agree_on_the_settings(raw, monkeypatch):
+    """Another process wrote the file between this one's look and its own."""
+    raw.write("imagesUn/a_0000.png")
+    from nnunet_ssl import preprocessing
+
+    write = preprocessing.write_atomically
+
+    def late(path: str, content: bytes) -> None:
+        write(path, content)
+        raise FileNotFoundError(f"{path}.part")
+
+    monkeypatch.setattr(preprocessing, "write_atomically", late)
+    assert raw.run("--num-parts", "2", "--part-id", "0") == 0
+    monkeypatch.setattr(preprocessing, "write_atomically", lambda path, content: late(path, b"{}"))
+    assert raw.run("--num-parts", "2", "--part-id", "1") == 2
+
+
+@pytest.mark.parametrize("words", [("--part-id", "1"), ("--num-parts", "0"), ("--num-parts", "2", "--part-id", "-1"),
+                                   ("--num-parts", "2", "--overwrite")])  # fmt: skip
+def test_parts_that_do_not_exist_are_refused(raw, capsys, words):
+    raw.write("imagesUn/a_0000.png")
+    assert raw.run(*words) == 2
+    assert "--" in capsys.readouterr().err
+    assert not raw.output.exists()
+
+
 BAD = {
     "rgb_0000.png": (lambda raw: raw.rng.integers(0, 255, (9, 9, 3)).astype(np.uint8), r"has 3 channels, .* names 1"),
     "flat_0000.png": (lambda raw: np.full((9, 9), 7, np.uint8), r"channel 0 is constant \(all voxels are 7"),

@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also imagesTs/, for nnUNetTrainerSemiTCPlus, which learns from test images without labels",
     )
     parser.add_argument("--overwrite", action="store_true", help="redo finished cases")
+    parser.add_argument(
+        "--num-parts", type=int, default=1, metavar="N", help="share the cases among N runs of this command (default 1)"
+    )
+    parser.add_argument("--part-id", type=int, default=0, metavar="I", help="which share this run does, 0 to N - 1")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,6 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     require_configurations(plans, arguments.configurations)
     if arguments.processes < 1:
         raise UserError(f"-np must be at least 1, got {arguments.processes}.")
+    if not 0 <= arguments.part_id < arguments.num_parts:
+        raise UserError(
+            f"--part-id counts from 0 to --num-parts - 1: got {arguments.part_id} with {arguments.num_parts} parts."
+        )
+    if arguments.num_parts > 1 and arguments.overwrite:
+        raise UserError("--overwrite would remove what other parts have made; remove the folder first, then run parts.")
     dataset_json = read_json(preprocessed / name / "dataset.json", "Run nnUNetv2_plan_and_preprocess first.")
     folders = [("imagesUn", UNLABELED_SUFFIX)] + [("imagesTs", TEST_SUFFIX)] * arguments.test_images
     if arguments.test_images and not (raw / name / "imagesUn").is_dir():
@@ -93,6 +103,7 @@ def _preprocess_folder(
     labeled = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
     num_channels = number_of_channels(dataset_json)
     cases, reports = find_raw_cases(str(raw / folder), dataset_json["file_ending"], num_channels, labeled)
+    cases = cases[arguments.part_id :: arguments.num_parts]
     total, running = preprocess_cases(
         cases, plans, configuration, dataset_json, str(output), arguments.processes, arguments.overwrite
     )
