@@ -36,6 +36,8 @@ from nnunet_ssl.preprocessing import (
 if TYPE_CHECKING:
     from nnunet_ssl.trainer import SemiSupervisedTrainer
 
+# Why the images of a fold's validation cases count as unlabeled, in transductive trainers.
+TRANSDUCTIVE = "validation image"
 # Of order-3 splines in regions of zeros, in units of the normalized image's standard deviation.
 _RESAMPLING_NOISE = 0.01
 
@@ -177,7 +179,7 @@ def find_unlabeled_cases(
     # With fold "all" nnU-Net validates on its training cases; these are labeled.
     reported = sorted(set(split["val"]) - set(split["train"]))
     if transductive:
-        cases += _from_fold(preprocessed_folder, reported, "validation image")
+        cases += _from_fold(preprocessed_folder, reported, TRANSDUCTIVE)
         cases += _from_folder(preprocessed_folder + TEST_SUFFIX, raw_folder, "imagesTs", preprocessing, notes)
     if not cases:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -254,3 +255,20 @@ def test_several_processes_give_the_same(results: Results):
     alone = (results.root / "out" / "comparison.csv").read_bytes()
     assert compare(results, "-np", "2") == 0
     assert (results.root / "out" / "comparison.csv").read_bytes() == alone
+
+
+LEARNED = r"nnUNetTrainerSemiTC learned from the images, not the labels, of"
+
+
+@pytest.mark.parametrize(("sources", "remark"), [
+    ({"t9": "imagesUn"}, ""),
+    ({"a": "validation image", "b": "validation image"}, f"^{LEARNED} 2 of the 6 reported cases, on purpose"),
+    ({"t9": "imagesUn", "a": "imagesUn"}, f"^WARNING: {LEARNED} 1 of the 6 reported cases"),
+])  # fmt: skip
+def test_images_that_were_learned_from_are_told(results, capsys, sources, remark):
+    file = results.folder("nnUNetTrainerSemiTC", 0) / RECORD_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "unlabeled": sources}))
+    assert compare(results) == 0
+    out = capsys.readouterr().out
+    assert re.search(remark, out, re.MULTILINE)
+    assert ("learned from" in out) == bool(remark)

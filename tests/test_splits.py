@@ -33,6 +33,17 @@ def split(*options: str) -> int:
     return main(["split", "-d", "900", *options])
 
 
+def test_unlabeled_images_of_labeled_cases_are_told(dataset, tmp_path, capsys):
+    unlabeled = tmp_path / "nnUNet_raw" / "Dataset900_Tiny" / "imagesUn"
+    unlabeled.mkdir()
+    (unlabeled / "new_0000.png").touch()
+    assert split("--labeled", "2") == 0
+    assert "WARNING" not in capsys.readouterr().out
+    (unlabeled / "case_03_0000.png").touch()
+    assert split("--labeled", "3") == 0
+    assert "WARNING: 1 images of imagesUn are labeled cases too, e.g. case_03" in capsys.readouterr().out
+
+
 def test_default_folds_are_nnunets(dataset):
     expected = generate_crossval_split(CASES, seed=12345, n_splits=5)
     assert load_or_make_splits(str(dataset), CASES) == expected

@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(terminal_tables(comparison))
     if arguments.best:
         print("\nWARNING: checkpoint_best was chosen on these cases; the values are too good.")
+    for remark in filter(None, (candidate.remark() for candidate in candidates)):
+        print(f"\n{remark}")
     print()
     for file in files:
         print(file)

@@ -17,6 +17,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import read_json
 from nnunet_ssl.run_record import RECORD_FILE
+from nnunet_ssl.unlabeled_data import TRANSDUCTIVE
 
 NOT_RECORDED = " (not recorded)"
 _SPLIT_LINE = re.compile(r"This (?:random 80:20 )?split has (\d+) training and (\d+) validation cases")
@@ -36,6 +37,7 @@ class Candidate:
             user, as with nnU-Net's own trainer; "given" for folders of predictions.
         settings: What the training ran with, by name; empty where that is not known.
         curves: Fold to the curves of the training, by name, a value per epoch.
+        images_seen: Reported cases whose images the training learned from without labels, and why they were unlabeled.
     """
 
     name: str
@@ -44,6 +46,16 @@ class Candidate:
     checkpoint: str
     settings: dict[str, Any]
     curves: dict[str, dict[str, list[float]]]
+    images_seen: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def remark(self) -> str:
+        """What a reader must know about the reported images; empty where there is nothing."""
+        if not self.images_seen:
+            return ""
+        count = f"the images, not the labels, of {len(self.images_seen)} of the {len(self.predictions)} reported cases"
+        if set(self.images_seen.values()) == {TRANSDUCTIVE}:
+            return f"{self.name} learned from {count}, on purpose (transductive)."
+        return f"WARNING: {self.name} learned from {count}; the other trainers had no such advantage."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +188,7 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
     folds: dict[str, str] = {}
     settings: dict[str, list[Any]] = {}
     curves = {}
+    seen: dict[str, str] = {}
     recorded = True
     for fold in query.folds:
         folder = model / f"fold_{fold}"
@@ -197,6 +210,7 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
             raise UserError(f"{twice[0]} is held out in folds {folds[twice[0]]} and {fold}; compare one of them.")
         files |= {case: found[case] for case in sorted(found)}
         folds |= dict.fromkeys(found, fold)
+        seen |= {case: source for case, source in record.get("unlabeled", {}).items() if case in found}
         found_settings, curves[fold] = training_details(folder)
         for key, value in found_settings.items():
             settings.setdefault(key, []).append(value)
@@ -207,7 +221,7 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
         key: values[0] if all(v == values[0] for v in values) else " / ".join(map(str, values))
         for key, values in settings.items()
     }
-    return Candidate(name, files, folds, checkpoint, shown, curves)
+    return Candidate(name, files, folds, checkpoint, shown, curves, seen)
 
 
 def _split(splits: list[dict[str, Any]], fold: str) -> dict[str, Any]:
