@@ -40,6 +40,7 @@ class Method(ABC):
     device: torch.device
     label_manager: Any
     configuration_manager: Any
+    is_cascaded: bool
     num_epochs: int
     num_iterations_per_epoch: int
     current_epoch: int

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from nnunet_ssl.cascade import PreviousStage
 from nnunet_ssl.files import replace_atomically
 from nnunet_ssl.unlabeled_data import UnlabeledCase, UnlabeledDataset
 
@@ -35,12 +36,19 @@ class Monitor:
     Args:
         cases: The unlabeled cases.
         patch_size: What the unlabeled loader gives, in voxels per axis; 2D patches are taken from the middle slice.
+        previous_stage: What the second stage of a cascade sees besides the image.
     """
 
-    def __init__(self, cases: Sequence[UnlabeledCase], patch_size: Sequence[int]) -> None:
+    def __init__(
+        self, cases: Sequence[UnlabeledCase], patch_size: Sequence[int], previous_stage: PreviousStage | None = None
+    ) -> None:
         dataset = UnlabeledDataset(cases)
         self.identifiers = dataset.identifiers[:NUM_WATCHED]
         self._images = torch.stack([_center_patch(dataset.load_image(i), patch_size) for i in self.identifiers])
+        if previous_stage is not None:
+            labels = [_center_patch(previous_stage.load(i)[:][None], patch_size)[0] for i in self.identifiers]
+            channels = torch.stack([previous_stage.one_hot(segmentation) for segmentation in labels])
+            self._images = torch.cat([self._images, channels], dim=1)
         self._last: Tensor | None = None
 
     def look(self, trainer: SemiSupervisedTrainer, picture: str | None = None) -> float:

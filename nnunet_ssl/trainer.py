@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 
 from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
 from nnunet_ssl.background_workers import WatchedAugmenter
+from nnunet_ssl.cascade import check_complete, previous_stage
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_ranks
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
@@ -81,11 +81,6 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self.hp = self._read_hyperparameters(plans)
         planned = PlansManager(plans).get_configuration(configuration)
         check_mirror_axes(self.hp, planned.patch_size)
-        if self.uses_unlabeled and planned.previous_stage_name is not None:
-            raise UserError(
-                f"{type(self).__name__} cannot train {configuration}: a cascade needs the previous stage's "
-                f"segmentation of every unlabeled case. Train 2d, 3d_lowres or 3d_fullres."
-            )
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
             self.device = device_of_process(device)
@@ -202,7 +197,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.local_rank == 0:
             write_record(self, self._unlabeled_cases)
             if self.uses_unlabeled:
-                self.monitor = Monitor(self._unlabeled_cases, self.unlabeled_patch_size)
+                self.monitor = Monitor(self._unlabeled_cases, self.unlabeled_patch_size, previous_stage(self))
         if self._state_to_restore is not None:
             # Only now: making the loaders has drawn from the generators.
             if not restore_random_state(self._state_to_restore, self.device, self.generator):
@@ -332,6 +327,9 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive)
         for note in notes:
             self.print_to_log_file(note)
+        stage = previous_stage(self)
+        if stage is not None:
+            check_complete(stage, [case.identifier for case in cases], self)
         return cases
 
     @classmethod

@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from nnunet_ssl.augmentation import Augmentation, initial_patch_size
 from nnunet_ssl.background_workers import in_background_workers
+from nnunet_ssl.cascade import PreviousStage, previous_stage
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.preprocessing import (
     TEST_SUFFIX,
@@ -84,6 +85,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
             over the image's border: the middle then lies wherever nnU-Net would put a patch.
         label_manager: Asked for by nnU-Net's loader; no label is ever read.
         transforms: Applied to the image of each example.
+        previous_stage: What the second stage of a cascade sees besides the image: further channels of what the
+            transforms return.
         masked_channels: Channels that the plans normalize inside nnU-Net's mask of nonzero voxels. Where there are
             any, the transforms get that mask as ``segmentation`` (-1 outside, 0 inside), found from the image alone.
         weak: Whether to yield weakly augmented patches too.
@@ -98,10 +101,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         label_manager: LabelManager,
         transforms: BasicTransform | None = None,
         masked_channels: Sequence[int] = (),
+        previous_stage: PreviousStage | None = None,
         weak: bool = False,
     ) -> None:
         super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, transforms=transforms)
         self.masked_channels = list(masked_channels)
+        self.previous_stage = previous_stage
         self.weak = weak
         # With an ignore label nnU-Net's cropping looks for annotated voxels. There are none here.
         self.has_ignore = False
@@ -129,8 +134,18 @@ class UnlabeledDataLoader(nnUNetDataLoader):
             data["regression_target"] = patch.clone()
         if self.masked_channels:
             data["segmentation"] = outside_of_mask(patch[self.masked_channels]).to(torch.int16).neg()
-        transformed = self.transforms(**data)
-        return transformed["image"], transformed.get("regression_target")
+        if self.previous_stage is None:
+            transformed = self.transforms(**data)
+            return transformed["image"], transformed.get("regression_target")
+        previous = torch.from_numpy(crop_and_pad_nd(self.previous_stage.load(key), box, -1)).to(torch.int16)[None]
+        mask = data.get("segmentation", torch.zeros_like(previous))
+        # nnU-Net's transforms turn channel 1 into further channels of the image, and change them: the weak view's come
+        # from a second copy.
+        transformed = self.transforms(**data | {"segmentation": torch.cat([mask, previous, previous])})
+        image, weak = transformed["image"], transformed.get("regression_target")
+        if weak is None:
+            return image, image
+        return image, torch.cat([weak, self.previous_stage.one_hot(transformed["segmentation"][1])])
 
 
 def outside_of_mask(image: torch.Tensor) -> torch.Tensor:
@@ -298,9 +313,17 @@ def make_unlabeled_loader(
         trainer.configuration_manager.patch_size,
         trainer.label_manager,
         trainer.get_training_transforms(
-            patch_size, rotation, None, mirror_axes, slice_by_slice, use_mask_for_norm=masked
+            patch_size,
+            rotation,
+            None,
+            mirror_axes,
+            slice_by_slice,
+            use_mask_for_norm=masked,
+            is_cascaded=trainer.is_cascaded,
+            foreground_labels=trainer.label_manager.foreground_labels,
         ),
         masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
+        previous_stage=previous_stage(trainer),
         weak=trainer.wants_weak_view,
     )
     return in_background_workers(loader, trainer.device.type == "cuda", trainer.hp.loader_timeout)

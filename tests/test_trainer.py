@@ -194,13 +194,6 @@ def test_bfloat16_on_a_cpu_without_it_is_warned_about(tiny, monkeypatch, asked, 
     assert ("this CPU emulates bfloat16" in log.read_text()) == (asked and not has)
 
 
-def test_cascades_are_refused_before_anything_is_written(tiny):
-    tiny.plans["configurations"]["2d"]["previous_stage"] = "2d"
-    with pytest.raises(UserError, match="cascade needs the previous stage's segmentation of every unlabeled case"):
-        tiny.trainer(nnUNetTrainerSemiTC)
-    assert not list((tiny.root / "nnUNet_results" / "Dataset900_Tiny").iterdir())
-
-
 @pytest.mark.parametrize("supervised_loss", ["nnunet", "soft_iou"])
 @pytest.mark.parametrize("scenario", ["ignore", "regions", "regions and ignore"])
 def test_regions_and_ignore_label(tmp_path, trainer_class, scenario, supervised_loss):

@@ -14,6 +14,7 @@ VERBS = {
     "env": "print the line that lets nnU-Net find the trainers",
     "trainers": "list the trainers and their hyper-parameters",
     "preprocess": "preprocess the images without labels",
+    "cascade": "segment the unlabeled images with a cascade's first stage, for its second",
     "split": "append folds that hide the labels of some cases, for experiments",
     "configure": "write a plans file with hyper-parameters, or with a smaller network",
     "train": "train in processes that torchrun starts, on several machines",

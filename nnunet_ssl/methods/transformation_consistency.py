@@ -97,7 +97,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         u1, u2 = self.draw_displacement(data), self.draw_displacement(data)
         margin = self.grid(tuple(data.shape[2:])).margin
         t1, t2 = without_margin(u1, margin), without_margin(u2, margin)
-        outputs = self.network(torch.cat([warp(data, t1), warp(data, t2)]))
+        outputs = self.network(torch.cat([self.warp_input(data, t1), self.warp_input(data, t2)]))
         branch_1, branch_2 = split_outputs(outputs, len(data))
 
         losses = [
@@ -116,7 +116,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         shape = tuple(images.shape[2:])
         u1, u2 = (self._sample(len(images), shape, generator).to(images.device) for _ in range(2))
         margin = self.grid(shape).margin
-        warped = [warp(images, without_margin(u, margin)) for u in (u1, u2)]
+        warped = [self.warp_input(images, without_margin(u, margin)) for u in (u1, u2)]
         regions = self.label_manager.has_regions
         logits = [quiet_pass(self.network, image) for image in warped]
         alignment = align_displacements(u1, u2, grid=self.grid(shape))
@@ -130,6 +130,14 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
             "compared": compared,
             PSEUDO_LABELS: label_map(quiet_pass(self.network, images), regions),
         }
+
+    def warp_input(self, data: Tensor, displacement: Tensor) -> Tensor:
+        """What the network sees, moved: the previous stage's segmentation of a cascade stays one of whole labels."""
+        if not self.is_cascaded:
+            return warp(data, displacement)
+        num_labels = len(self.label_manager.foreground_labels)
+        image, labels = data.tensor_split([data.shape[1] - num_labels], dim=1)
+        return torch.cat([warp(image, displacement), warp(labels, displacement, "nearest")], dim=1)
 
     def draw_displacement(self, data: Tensor) -> Tensor:
         """One branch's transforms of a batch (B, C, *S): displacements in voxels, with the margin of ``grid``."""
