@@ -40,6 +40,7 @@ from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.unlabeled_data import (
     UnlabeledCase,
+    cases_with_ignored_voxels,
     describe_cases,
     find_unlabeled_cases,
     hidden_cases,
@@ -324,7 +325,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         settings = preprocessing_settings(self.plans_manager, self.configuration_name)
         train, val = self.do_split()
         split = {"train": train, "val": val, "unlabeled": hidden_cases(folder, self.fold)}
-        cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive)
+        partly = cases_with_ignored_voxels(self.dataset_class(folder, train), self.label_manager.ignore_label)
+        cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive, partly)
         for note in notes:
             self.print_to_log_file(note)
         stage = previous_stage(self)

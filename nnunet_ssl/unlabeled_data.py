@@ -19,6 +19,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 
@@ -172,6 +173,7 @@ def find_unlabeled_cases(
     preprocessing: dict[str, Any],
     split: Mapping[str, Sequence[str]],
     transductive: bool,
+    partly_annotated: Sequence[str] = (),
 ) -> tuple[list[UnlabeledCase], list[str]]:
     """Collect the unlabeled cases of a training.
 
@@ -181,6 +183,7 @@ def find_unlabeled_cases(
         preprocessing: What the plan says of preprocessing, see ``preprocessing.preprocessing_settings``.
         split: ``train``, ``val`` and ``unlabeled`` identifiers of the fold.
         transductive: Whether the images of the fold's validation cases and of imagesTs count as unlabeled too.
+        partly_annotated: Labeled cases with ignored voxels: their images count as unlabeled too.
 
     Returns:
         The cases, sorted by identifier, at least one; and notes for the log.
@@ -196,16 +199,26 @@ def find_unlabeled_cases(
     if transductive:
         cases += _from_fold(preprocessed_folder, reported, TRANSDUCTIVE)
         cases += _from_folder(preprocessed_folder + TEST_SUFFIX, raw_folder, "imagesTs", preprocessing, notes)
-    if not cases:
+    if not cases and not partly_annotated:
         raise UserError(
             "No unlabeled case. There are three ways to add some: put images into imagesUn/ of the raw data set and "
             "run 'nnunet-ssl preprocess'; hide labels for an experiment with 'nnunet-ssl split' and train the fold it "
             "prints; or train nnUNetTrainerSemiTCPlus, which uses the images of the validation cases and of imagesTs/."
         )
     _check_disjoint(cases, split["train"], "labeled")
+    cases += _from_fold(preprocessed_folder, partly_annotated, "partly annotated")
     if not transductive:
         _check_disjoint(cases, reported, "validation")
     return sorted(cases, key=lambda case: case.identifier), notes
+
+
+def cases_with_ignored_voxels(dataset: nnUNetBaseDataset, ignore_label: int | None) -> list[str]:
+    """The labeled cases of a data set in which some voxels are not annotated; none without an ignore label."""
+    if ignore_label is None:
+        return []
+    # Slice by slice: of most cases the first ones decide.
+    segmentations = {identifier: dataset.load_case(identifier)[1] for identifier in dataset.identifiers}
+    return [i for i, s in segmentations.items() if any((s[:, z] == ignore_label).any() for z in range(s.shape[1]))]
 
 
 def hidden_cases(preprocessed_folder: str, fold: int | str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json, save_pickle
 from conftest import PATCHES, TinyDataset, make_dataset_json, make_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import binary_erosion
@@ -288,3 +288,23 @@ def test_background_workers(tiny, monkeypatch):
     trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.0, num_epochs=1)
     trainer.run_training()
     assert len(trainer.logger.get_value("ssl_consistency", step=None)) == 1
+
+
+def test_partly_annotated_cases_are_unlabeled_too(tiny):
+    """Scribbles: nnU-Net's ignore label marks what nobody annotated."""
+    tiny.dataset_json["labels"]["ignore"] = 3
+    for case in ("lab_1", "hid_0", "val_0"):
+        labels = np.zeros((1, *tiny.shape), np.int16)
+        labels[..., -1, -1] = 3
+        tiny._write_blosc(tiny.folder / f"{case}_seg.b2nd", labels)
+    for case in (*tiny.labeled, *tiny.validation):
+        # Where nnU-Net centers patches: on any annotated voxel.
+        save_pickle({"class_locations": {(-1, 0, 1, 2): np.array([[0, 0, 5, 5]])}}, str(tiny.folder / f"{case}.pkl"))
+    trainer = tiny.initialized(nnUNetTrainerSemiTC, supervised_fraction=0.0, num_epochs=1)
+    expected = dict.fromkeys(tiny.hidden, "hidden label") | dict.fromkeys(tiny.unlabeled, "imagesUn")
+    assert found(trainer) == expected | {"lab_1": "partly annotated"}
+    trainer.run_training()
+    # They are enough by themselves.
+    remove_unlabeled_images(tiny)
+    change_split(tiny, unlabeled=None)
+    assert found(tiny.initialized(nnUNetTrainerSemiTC)) == {"lab_1": "partly annotated"}
