@@ -24,6 +24,7 @@ from nnunet_ssl.preprocessing import TEST_SUFFIX, UNLABELED_SUFFIX, preprocessed
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainer import SemiSupervisedTrainer
+    from nnunet_ssl.unlabeled_data import UnlabeledCase
 
 
 class PreviousStage(NamedTuple):
@@ -47,18 +48,40 @@ def previous_stage(trainer: SemiSupervisedTrainer) -> PreviousStage | None:
     return None if folder is None else PreviousStage(folder, tuple(trainer.label_manager.foreground_labels))
 
 
-def check_complete(stage: PreviousStage, identifiers: Sequence[str], trainer: SemiSupervisedTrainer) -> None:
-    """Refuse to train where segmentations of unlabeled cases are missing.
+def check_no_hidden_labels(trainer: SemiSupervisedTrainer, hidden: Sequence[str]) -> None:
+    """Refuse second stages on folds that hide labels.
+
+    Raises:
+        UserError: All folds of the first stage write their segmentations into one folder, and some of them have
+            learned from labels that this fold hides.
+    """
+    if hidden and previous_stage(trainer) is not None:
+        raise UserError(
+            f"Fold {trainer.fold} hides the labels of {len(hidden)} cases, but the previous stage's segmentations come "
+            f"from folds that have learned from them. Train {trainer.configuration_name} with images in imagesUn and "
+            f"nnU-Net's own folds; for experiments with hidden labels use 3d_fullres."
+        )
+
+
+def check_complete(stage: PreviousStage, cases: Sequence[UnlabeledCase], trainer: SemiSupervisedTrainer) -> None:
+    """Refuse to train where segmentations of unlabeled cases are missing, or of another size than the image.
 
     Raises:
         UserError: Naming the command that makes them.
     """
-    missing = [i for i in identifiers if not os.path.isfile(os.path.join(stage.folder, f"{i}.b2nd"))]
+
+    def fits(case: UnlabeledCase) -> bool:
+        if not os.path.isfile(os.path.join(stage.folder, f"{case.identifier}.b2nd")):
+            return False
+        image = blosc2.open(urlpath=os.path.join(case.folder, f"{case.identifier}.b2nd"), mode="r")
+        return tuple(stage.load(case.identifier).shape) == tuple(image.shape[1:])
+
+    missing = [case.identifier for case in cases if not fits(case)]
     if missing:
         plans = trainer.plans_manager
         raise UserError(
-            f"{len(missing)} of {len(identifiers)} unlabeled cases have no segmentation of the previous stage in "
-            f"{stage.folder}, e.g. {missing[0]}. For images of imagesUn and imagesTs run 'nnunet-ssl cascade -d "
+            f"{len(missing)} of {len(cases)} unlabeled cases have no segmentation of the previous stage that fits them "
+            f"in {stage.folder}, e.g. {missing[0]}. For images of imagesUn and imagesTs run 'nnunet-ssl cascade -d "
             f"{plans.dataset_name} -c {trainer.configuration_name} -p {plans.plans_name} -tr {type(trainer).__name__} "
             f"-f FOLDS' with the folds of the previous stage; for cases of the data set train the folds of the "
             f"previous stage that hold them out."
@@ -73,7 +96,9 @@ def predict_previous_stage(
     device: torch.device,
     overwrite: bool = False,
 ) -> tuple[int, Iterator[str]]:
-    """Segment the unlabeled images with the first stage, for the second; finished ones are skipped.
+    """Segment the unlabeled images with the first stage, for the second.
+
+    Finished ones are skipped, unless an image or a model is newer.
 
     Args:
         preprocessed: The data set's folder in nnUNet_preprocessed; holds the images of both stages.
@@ -87,7 +112,7 @@ def predict_previous_stage(
         How many cases there are to do, and their identifiers as they end.
 
     Raises:
-        UserError: Where images of a stage are not preprocessed.
+        UserError: Where images of a stage are not preprocessed, or one name stands for two images.
     """
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), tuple(folds), "checkpoint_final.pth")
@@ -95,17 +120,25 @@ def predict_previous_stage(
     stages = predictor.configuration_manager, plans.get_configuration(configuration)
     output = model / "predicted_next_stage" / configuration
     pairs: dict[str, tuple[Path, Path]] = {}
-    for suffix in (UNLABELED_SUFFIX, TEST_SUFFIX):
+    for suffix, option in ((UNLABELED_SUFFIX, ""), (TEST_SUFFIX, " --test-images")):
         folders = [preprocessed / f"{stage.data_identifier}{suffix}" for stage in stages]
         cases = [set(preprocessed_cases(str(folder))) for folder in folders]
         if cases[1] - cases[0]:
             raise UserError(
                 f"{len(cases[1] - cases[0])} images of {folders[1]} are missing in {folders[0]}, e.g. "
-                f"{min(cases[1] - cases[0])}. Run 'nnunet-ssl preprocess' for the previous stage too."
+                f"{min(cases[1] - cases[0])}. Run 'nnunet-ssl preprocess{option}' for the previous stage too."
             )
+        if cases[1] & set(pairs):
+            raise UserError(f"imagesUn and imagesTs both hold a case {min(cases[1] & set(pairs))}; rename one of them.")
         for case in sorted(cases[1]):
             pairs[case] = folders[0] / f"{case}.b2nd", folders[1] / f"{case}.b2nd"
-    todo = {case: files for case, files in pairs.items() if overwrite or not (output / f"{case}.b2nd").is_file()}
+    models = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
+
+    def is_done(case: str, files: tuple[Path, Path]) -> bool:
+        made = output / f"{case}.b2nd"
+        return made.is_file() and made.stat().st_mtime >= max(f.stat().st_mtime for f in (*files, *models))
+
+    todo = {case: files for case, files in pairs.items() if overwrite or not is_done(case, files)}
     output.mkdir(parents=True, exist_ok=True)
     return len(todo), (_predict(predictor, plans, case, *files, output) for case, files in todo.items())
 

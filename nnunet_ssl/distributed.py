@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,12 @@ from nnunet_ssl.errors import UserError
 
 def local_rank() -> int:
     """This process's number on its machine: torchrun says it; nnU-Net's own processes are all on one."""
-    return int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    return int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else dist.get_rank()
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= set(os.environ)
 
 
 def device_of_process(requested: torch.device) -> torch.device:
@@ -48,7 +54,7 @@ def joined_processes(kind: str) -> Iterator[torch.device]:
     Raises:
         UserError: Where torchrun did not start this process, or this machine has too few GPUs.
     """
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= set(os.environ):
+    if not started_by_torchrun():
         raise UserError(
             "This command runs in processes that torchrun starts, e.g. torchrun --nnodes 2 --nproc-per-node 4 ... "
             "--no-python nnunet-ssl train ... On one machine nnUNetv2_train ... -num_gpus N does the same."
@@ -64,10 +70,18 @@ def joined_processes(kind: str) -> Iterator[torch.device]:
     # As nnUNetv2_train does: the work on a GPU needs one thread.
     torch.set_num_threads(1 if kind == "cuda" else max(1, (os.cpu_count() or 1) // on_this_machine))
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    try:
-        yield device_of_process(torch.device(kind))
-    finally:
-        dist.destroy_process_group()
+    yield device_of_process(torch.device(kind))
+    # Not after an error: with others waiting for this process it could block, and the error would never be printed.
+    dist.destroy_process_group()
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """The value of each process, by rank; this one's alone where there is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -72,10 +72,23 @@ def backward(
 def step(optimizer: Optimizer, grad_scaler: torch.amp.GradScaler | None, is_finite: bool) -> None:
     """Change the weights, unless loss or gradient is not finite.
 
-    A gradient scaler sees to that itself. An overflow in one network skips the step of all: they share one scale.
+    A gradient scaler skips steps whose gradient overflows by itself, of all networks at once: they share one scale.
     """
-    if grad_scaler is not None:
+    if is_finite and grad_scaler is not None:
         grad_scaler.step(optimizer)
-        grad_scaler.update()
     elif is_finite:
         optimizer.step()
+    if grad_scaler is not None:
+        grad_scaler.update()
+
+
+def gradient_is_broken(norms: np.ndarray, grad_scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether the gradient itself is not finite, rather than too large for the scale of float16.
+
+    Args:
+        norms: Of all networks (networks,).
+        grad_scaler: It halves its scale with every overflow; a scale below 1 is beyond what overflow explains.
+    """
+    if np.isfinite(norms).all():
+        return False
+    return grad_scaler is None or grad_scaler.get_scale() < 1.0

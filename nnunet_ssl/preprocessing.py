@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -192,16 +193,19 @@ def preprocess_cases(
     if done:
         check_same_preprocessing(output_folder, settings)
     os.makedirs(output_folder, exist_ok=True)
-    try:
-        write_atomically(os.path.join(output_folder, SETTINGS_FILE), json.dumps(settings, indent=2).encode())
-    except FileNotFoundError:
-        # Another part of the same work has just put it there.
-        check_same_preprocessing(output_folder, settings)
+    _write_settings(os.path.join(output_folder, SETTINGS_FILE), settings)
     todo = [case for case in cases if case.identifier not in done or _is_newer(case, output_folder)]
     arguments = (plans, configuration, dataset_json, output_folder)
     if num_processes == 1 or len(todo) < 2:
         return len(todo), (preprocess_case(case, *arguments) for case in todo)
     return len(todo), _in_processes(preprocess_case, todo, arguments, min(num_processes, len(todo)))
+
+
+def _write_settings(file: str, settings: dict[str, Any]) -> None:
+    """Parts of the work on several machines write it at once, each under a temporary name of its own."""
+    temporary = f"{file}.{socket.gethostname()}-{os.getpid()}"
+    write_atomically(temporary, json.dumps(settings, indent=2).encode())
+    os.replace(temporary, file)
 
 
 def _in_processes(

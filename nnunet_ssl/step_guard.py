@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from nnunet_ssl.distributed import from_all_ranks
 from nnunet_ssl.errors import UserError
 
 # So many skipped steps in a row end a training.
@@ -27,8 +28,8 @@ class StepGuard:
         """Take note of a step.
 
         Args:
-            is_finite: Whether it can be taken.
-            terms: Values of the loss terms, by name.
+            is_finite: Whether it can be taken; all ranks say the same.
+            terms: Values of the loss terms, by name, on this rank.
             keys: The cases in its batches.
 
         Raises:
@@ -39,9 +40,12 @@ class StepGuard:
             return
         self._in_a_row += 1
         self.skipped_in_epoch += 1
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        here = [name for name, value in terms.items() if not math.isfinite(value)]
+        everywhere = from_all_ranks((here, list(keys)))
+        guilty = [told for told in everywhere if told[0]] or everywhere
+        bad = dict.fromkeys(name for names, _ in guilty for name in names)
         what = f"the loss term {' and '.join(bad)} is not finite" if bad else "the gradient is not finite"
-        cases = ", ".join(dict.fromkeys(keys))
+        cases = ", ".join(dict.fromkeys(case for _, cases in guilty for case in cases))
         self._say(f"WARNING: step skipped, {what}; cases in the batch: {cases}")
         if self._in_a_row >= LONGEST_RUN:
             raise UserError(

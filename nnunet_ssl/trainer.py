@@ -23,14 +23,14 @@ from torch.optim import Optimizer
 
 from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
 from nnunet_ssl.background_workers import WatchedAugmenter
-from nnunet_ssl.cascade import check_complete, previous_stage
+from nnunet_ssl.cascade import check_complete, check_no_hidden_labels, previous_stage
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_ranks
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
 from nnunet_ssl.nnunet_names import replaced_in_trainer_module
-from nnunet_ssl.optimization import LossTerm, backward, on_host, step, weighted_sum
+from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, step, weighted_sum
 from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.run_record import note_validation, write_record
@@ -226,12 +226,11 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             terms = self.loss_terms(labeled, unlabeled)
             total = weighted_sum(terms)
         norms = backward(total, self.networks, self.optimizer, self.grad_scaler)
-        # Ranks must agree on the steps they skip. With a gradient scaler, overflow of the gradient is its business.
-        decisive = [mean_over_ranks(total.detach()), *(norms if self.grad_scaler is None else ())]
         # One transfer for all values: a step waits for the device no more often than the stock trainer's.
-        numbers = on_host([*decisive, total, *self._values_to_log(terms)])
-        loss, logged = numbers[len(decisive)], numbers[len(decisive) + 1 :]
-        is_finite = bool(np.isfinite(numbers[: len(decisive)]).all())
+        numbers = on_host([*norms, mean_over_ranks(total.detach()), total, *self._values_to_log(terms)])
+        norms_here, (everywhere, loss), logged = np.split(numbers, [len(norms), len(norms) + 2])
+        # Ranks agree on the steps they skip: they share these values.
+        is_finite = bool(np.isfinite(everywhere)) and not gradient_is_broken(norms_here, self.grad_scaler)
         step(self.optimizer, self.grad_scaler, is_finite)
         by_name = dict(zip(self.logger.local_logger.step_names, logged.tolist()))
         keys = [*labeled["keys"], *(unlabeled["keys"] if unlabeled is not None else ())]
@@ -280,6 +279,9 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self._weights_file = _FINAL
         if isinstance(self.dataloader_unlabeled, WatchedAugmenter):
             self.dataloader_unlabeled._finish()
+        if self.is_ddp:
+            # Others may load next what the first process has just written.
+            dist.barrier()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's; then note which checkpoint predicted. Until it has ended, none has."""
@@ -325,13 +327,14 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         settings = preprocessing_settings(self.plans_manager, self.configuration_name)
         train, val = self.do_split()
         split = {"train": train, "val": val, "unlabeled": hidden_cases(folder, self.fold)}
+        check_no_hidden_labels(self, split["unlabeled"])
         partly = cases_with_ignored_voxels(self.dataset_class(folder, train), self.label_manager.ignore_label)
         cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive, partly)
         for note in notes:
             self.print_to_log_file(note)
         stage = previous_stage(self)
         if stage is not None:
-            check_complete(stage, [case.identifier for case in cases], self)
+            check_complete(stage, cases, self)
         return cases
 
     @classmethod

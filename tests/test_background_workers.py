@@ -24,6 +24,8 @@ class Batches:
 
     def __next__(self) -> dict:
         self.count += 1
+        if self.count == 2:
+            time.sleep(0.5)
         if self.count > self.good:
             if self.then == "hang":
                 time.sleep(600)
@@ -51,7 +53,7 @@ def test_waiting_ends_with_an_error(then, message):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=message):
         draw_all(augmenter(then, timeout=1.0))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60, "within a minute"
 
 
 def test_a_pause_of_the_process_is_no_waiting(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from nnunet_ssl.cascade import previous_stage
 from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
-from nnunet_ssl.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
+from nnunet_ssl.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX, preprocessing_settings
 from nnunet_ssl.unlabeled_data import make_unlabeled_loader
 
 SECOND = "3d_cascade_fullres"
@@ -40,7 +41,13 @@ class Cascade(TinyDataset):
         settings = preprocessing_settings(PlansManager(self.plans), "3d_lowres")
         (self.base / f"nnUNetPlans_3d_lowres{UNLABELED_SUFFIX}" / SETTINGS_FILE).write_text(json.dumps(settings))
         self.configuration = SECOND
+        self.hide(())
         (self.base / "nnUNetPlans.json").write_text(json.dumps(self.plans))
+
+    def hide(self, cases: tuple[str, ...]) -> None:
+        """Whose labels the fold hides."""
+        split = {"train": list(self.labeled), "val": list(self.validation), "unlabeled": list(cases)}
+        (self.base / "splits_final.json").write_text(json.dumps([split]))
 
     def segmentations(self, trainer: type, cases: tuple[str, ...]) -> None:
         """What nnU-Net predicts for the next stage while it validates the first."""
@@ -111,6 +118,22 @@ def test_unlabeled_images_keep_their_segmentation_through_augmentation(cascade):
     assert changed > 10
 
 
+def test_folds_that_hide_labels_are_refused(cascade):
+    """The first stage's segmentations lie in one folder for all folds, and some of these have seen the labels."""
+    cascade.hide(cascade.hidden)
+    cascade.segmentations(nnUNetTrainerSemiTC, (*cascade.labeled, *cascade.validation, *cascade.hidden))
+    with pytest.raises(UserError, match="Fold 0 hides the labels of 3 cases"):
+        cascade.trainer(nnUNetTrainerSemiTC).run_training()
+
+
+def test_a_segmentation_of_another_size_is_no_segmentation(cascade):
+    cascade.segmentations(nnUNetTrainerSemiTC, (*cascade.labeled, *cascade.validation, *cascade.unlabeled))
+    larger = np.random.default_rng(0).normal(size=(1, *SHAPE)).astype(np.float32)
+    cascade._write_blosc(cascade.image("un_1"), larger)
+    with pytest.raises(UserError, match=r"1 of 2 unlabeled cases .*e\.g\. un_1"):
+        cascade.trainer(nnUNetTrainerSemiTC).run_training()
+
+
 def test_elastic_transforms_leave_whole_labels(cascade):
     trainer = cascade.initialized(nnUNetTrainerSemiTC)
     data = torch.cat([torch.randn(2, 1, *cascade.patch), torch.randint(0, 2, (2, 2, *cascade.patch)).float()], dim=1)
@@ -164,10 +187,16 @@ def test_the_first_stage_segments_the_unlabeled_images(first_stage, capsys, monk
     assert blosc2.open(str(folder / "un_1.b2nd")).shape == SHAPE
     assert main([*PREDICT]) == 0
     assert "0 images segmented" in capsys.readouterr().out
+    later = (folder / "un_0.b2nd").stat().st_mtime + 5
+    os.utime(first_stage.image("un_0"), (later, later))
+    assert main([*PREDICT]) == 0
+    assert "1 images segmented" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("change", "words", "message"), [
     (lambda c: shutil.rmtree(c.base / f"nnUNetPlans_3d_lowres{UNLABELED_SUFFIX}"), (), "'nnunet-ssl preprocess' for"),
+    (lambda c: [shutil.copytree(f"{c.base}/nnUNetPlans_{stage}{UNLABELED_SUFFIX}", f"{c.base}/nnUNetPlans_{stage}"
+     f"{TEST_SUFFIX}") for stage in ("3d_lowres", "3d_fullres")], (), "imagesUn and imagesTs both hold a case un_0"),
     (lambda c: None, ("-c", "3d_fullres"), "3d_fullres is no second stage"),
     (lambda c: None, ("-f", "3"), "has no checkpoint_final.pth"),
 ])  # fmt: skip

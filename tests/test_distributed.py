@@ -20,10 +20,10 @@ from torch import multiprocessing
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset
-from nnunet_ssl.distributed import mean_over_ranks
+from nnunet_ssl.distributed import device_of_process, local_rank, mean_over_ranks
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.networks import bare
-from nnunet_ssl.optimization import weighted_sum
+from nnunet_ssl.optimization import LossTerm, weighted_sum
 from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import trainers_folder
 
@@ -110,6 +110,18 @@ def work(rank: int, port: int, folder: str, tiny: TinyDataset, large: TinyDatase
         trainer.dataloader_unlabeled = iter([unlabeled]) if cls.uses_unlabeled else None
         trainer.train_step(labeled)
     found["after steps"] = weights(trainer)
+    original = trainer.loss_terms
+    if rank == 1:
+        # A broken image on one of them.
+        trainer.loss_terms = lambda *batches: {
+            name: LossTerm(term.value * float("nan"), 1.0) for name, term in original(*batches).items()
+        }
+    labeled, unlabeled = tiny.batches(trainer, seed=rank)
+    trainer.dataloader_unlabeled = iter([unlabeled]) if cls.uses_unlabeled else None
+    found["finite"] = trainer.train_step({**labeled, "keys": [f"case_of_rank_{rank}"]})["finite"]
+    found["after a broken step"] = weights(trainer)
+    if rank == 0:
+        found["told"] = Path(trainer.log_file).read_text()
     found["draws"] = torch.rand(3, generator=trainer.generator)
     found |= train_whole(tiny, cls, rank)
     torch.save(found, os.path.join(folder, f"rank{rank}.pt"))
@@ -160,6 +172,23 @@ def test_both_processes_hold_the_same_weights(pair):
     assert found[0]["mean"] == found[1]["mean"] == pytest.approx(0.55)
 
 
+def test_a_step_that_is_broken_on_one_is_skipped_by_both(pair):
+    _, found, _, _ = pair
+    assert [f["finite"] for f in found] == [False, False]
+    for state in found:
+        assert torch.equal(state["after a broken step"], state["after steps"])
+    assert "case_of_rank_1" in found[0]["told"]
+    assert "case_of_rank_0" not in found[0]["told"]
+
+
+def test_the_number_on_this_machine_is_known_before_processes_join(monkeypatch):
+    for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert not dist.is_initialized()
+    assert local_rank() == 1
+    assert device_of_process(torch.device("cuda")) == torch.device("cuda", 1)
+
+
 def test_processes_draw_different_random_numbers(pair):
     _, found, _, _ = pair
     assert not torch.equal(found[0]["draws"], found[1]["draws"])
@@ -194,24 +223,33 @@ def test_torchrun_trains_on_two_nodes(tmp_path):
     day.run("nnunet-ssl", "preprocess", "-d", "903", "-c", "2d", "-p", "Quick", "-np", "1")
     train = ("nnunet-ssl", "train", "903", "2d", "0", "-p", "Quick", "-tr", "nnUNetTrainerDualNet", "-device", "cpu")
     assert "processes that torchrun starts" in day.run(*train, status=2)
+
+    def start(*options: str) -> list[str]:
+        where = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
+        port = ("--master-port", str(free_port()))
+        nodes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *where, *port, "--node-rank", str(rank), "--no-python",
+                 program, *train[1:], *options],
+                env=day.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        outputs = [node.communicate(timeout=600)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+        return outputs
+
     program = str(Path(sys.executable).with_name(train[0]))
-    where = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *where, "--node-rank", str(rank), "--no-python", program,
-             *train[1:]],
-            env=day.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [node.communicate(timeout=600)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    outputs = start()
     folder = day.results / "nnUNetTrainerDualNet__Quick__2d" / "fold_0"
     assert {"checkpoint_final.pth", "nnunet_ssl.json", "progress.png"} <= {p.name for p in folder.iterdir()}
     summary = json.loads((folder / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 2
     # Each had half of the plan's batch of 4.
     assert all("1 labeled + 1 unlabeled" in output for output in outputs)
+    outputs = start("-pretrained_weights", str(folder / "checkpoint_final.pth"), "--val_best")
+    assert all("Loading" in output for output in outputs)
+    assert json.loads((folder / "nnunet_ssl.json").read_text())["validated_with"] == "checkpoint_best.pth"
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.optimization import LossTerm, backward, on_host, step, weighted_sum
+from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, step, weighted_sum
 
 
 def test_weighted_sum():
@@ -46,3 +46,22 @@ def test_on_host():
     numbers = on_host(values)
     assert numbers.dtype == np.float32
     np.testing.assert_array_equal(numbers, [1.5, 2.5, np.nan, 4.0])
+
+
+def test_a_gradient_scaler_skips_overflow_and_broken_gradients_are_told_apart():
+    network = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = network.weight.detach().clone()
+    for scale in (4.0, 2.0, 1.0, 0.5):
+        assert scaler.get_scale() == scale
+        optimizer.zero_grad()
+        norms = on_host(backward(network(torch.full((1, 2), float("inf"))).sum(), [network], optimizer, scaler))
+        assert gradient_is_broken(norms, scaler) == (scale < 1)
+        step(optimizer, scaler, is_finite=scale >= 1)
+        assert torch.equal(before, network.weight)
+    optimizer.zero_grad()
+    norms = on_host(backward(network(torch.ones(1, 2)).sum(), [network], optimizer, scaler))
+    assert not gradient_is_broken(norms, scaler)
+    step(optimizer, scaler, is_finite=False)
+    assert torch.equal(before, network.weight), "a loss that is not finite is never followed"

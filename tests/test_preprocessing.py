@@ -104,23 +104,6 @@ def test_parts_share_the_cases(raw, capsys):
     assert "0 preprocessed, 5 were there already" in capsys.readouterr().out
 
 
-def test_parts_that_start_together_agree_on_the_settings(raw, monkeypatch):
-    """Another process wrote the file between this one's look and its own."""
-    raw.write("imagesUn/a_0000.png")
-    from nnunet_ssl import preprocessing
-
-    write = preprocessing.write_atomically
-
-    def late(path: str, content: bytes) -> None:
-        write(path, content)
-        raise FileNotFoundError(f"{path}.part")
-
-    monkeypatch.setattr(preprocessing, "write_atomically", late)
-    assert raw.run("--num-parts", "2", "--part-id", "0") == 0
-    monkeypatch.setattr(preprocessing, "write_atomically", lambda path, content: late(path, b"{}"))
-    assert raw.run("--num-parts", "2", "--part-id", "1") == 2
-
-
 @pytest.mark.parametrize("words", [("--part-id", "1"), ("--num-parts", "0"), ("--num-parts", "2", "--part-id", "-1"),
                                    ("--num-parts", "2", "--overwrite")])  # fmt: skip
 def test_parts_that_do_not_exist_are_refused(raw, capsys, words):

@@ -11,7 +11,9 @@ All machines need the same three folders of nnU-Net. The plan's batch is shared 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+from types import SimpleNamespace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and validate in this process, together with the others."""
+    import torch
+    from nnunetv2.run import load_pretrained_weights
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     from nnunet_ssl.distributed import joined_processes
     from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_configurations, require_variables
+    from nnunet_ssl.nnunet_names import replaced
 
     _check_trainer(arguments.trainer)
     _, preprocessed, _ = require_variables("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -51,7 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
             name, arguments.configuration, fold, arguments.trainer, arguments.plans, arguments.continues, device
         )
         trainer.disable_checkpointing = arguments.disable_checkpointing
-        maybe_load_checkpoint(trainer, arguments.continues, arguments.val, arguments.pretrained_weights)
+        # nnU-Net would load pretrained weights to the GPU with the number of the process, which other machines lack.
+        load = functools.partial(torch.load, map_location="cpu", weights_only=False)
+        with replaced(
+            load_pretrained_weights, torch=SimpleNamespace(load=lambda file, **_: load(file), device=torch.device)
+        ):
+            maybe_load_checkpoint(trainer, arguments.continues, arguments.val, arguments.pretrained_weights)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
         if not arguments.val:
             trainer.run_training()
         if arguments.val_best:

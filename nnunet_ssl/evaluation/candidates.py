@@ -55,7 +55,7 @@ class Candidate:
         count = f"the images, not the labels, of {len(self.images_seen)} of the {len(self.predictions)} reported cases"
         if set(self.images_seen.values()) == {TRANSDUCTIVE}:
             return f"{self.name} learned from {count}, on purpose (transductive)."
-        return f"WARNING: {self.name} learned from {count}; the other trainers had no such advantage."
+        return f"WARNING: {self.name} learned from {count}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +221,8 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
         key: values[0] if all(v == values[0] for v in values) else " / ".join(map(str, values))
         for key, values in settings.items()
     }
+    if seen:
+        shown["reported images it learned from, without labels"] = f"{len(seen)} of {len(files)}"
     return Candidate(name, files, folds, checkpoint, shown, curves, seen)
 
 
