@@ -272,3 +272,24 @@ def test_images_that_were_learned_from_are_told(results, capsys, sources, remark
     out = capsys.readouterr().out
     assert re.search(remark, out, re.MULTILINE)
     assert ("learned from" in out) == bool(remark)
+
+
+@pytest.mark.parametrize(("name", "first"), [("a", "a"), ("a" * 60, "disk")])
+def test_the_terminal_table_lies_where_it_is_narrower(results, capsys, name, first):
+    folders = [results.folder(trainer, 0) / "validation" for trainer in Results.shifts]
+    labels = results.root / "labels"
+    labels.mkdir()
+    for case in "abc":
+        shutil.copy(results.raw / "labelsTr" / f"{case}.png", labels)
+    given = [f"{n}={folder}" for n, folder in zip((name, f"{name}b"), folders)]
+    words = (
+        "--labels",
+        str(labels),
+        "--dataset-json",
+        str(results.raw / "dataset.json"),
+        "-o",
+        str(results.root / "o"),
+    )
+    assert main(["compare", "--predictions", *given, *words, "-np", "1"]) == 0
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Dice"))
+    assert header.split()[2] == first

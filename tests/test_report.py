@@ -26,10 +26,11 @@ def test_names_are_no_formulas_and_plots_have_no_background(results):
 
 
 def test_a_legend_shows_every_name():
-    names = ["nnUNetTrainer", "_mine", "b" * 100]
+    names = ["nnUNetTrainer", "_mine", "b" * 50 + "c" * 50]
     figure = scatter(np.arange(3.0), np.arange(6.0).reshape(2, 3), names, "Dice")
     for name in names[1:]:
         assert short(name).strip() in figure
+    assert short(names[2]).endswith("cc")
 
 
 class Links(HTMLParser):

@@ -48,7 +48,11 @@ def short(name: str) -> str:
     name = name.removeprefix("nnUNetTrainer") or name
     # Matplotlib keeps names that start with an underscore out of legends.
     name = f" {name}" if name.startswith("_") else name
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+    if len(name) <= _LONGEST_NAME:
+        return name
+    # Names of one trainer with several plans differ at the end.
+    half = (_LONGEST_NAME - 3) // 2
+    return f"{name[:half]}...{name[-half:]}"
 
 
 def box_plot(values: np.ndarray, names: Sequence[str], title: str) -> str:

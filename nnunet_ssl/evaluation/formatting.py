@@ -29,7 +29,7 @@ def p_value(value: float) -> str:
 
 
 def terminal_tables(comparison: Comparison) -> str:
-    """Structure x trainer for the main metrics, then what differs from the first trainer."""
+    """Structures and trainers for the main metrics, then what differs from the first trainer."""
     parts = []
     for metric in _IN_TERMINAL:
         scale, unit, digits = scale_of(metric, comparison.unit)
@@ -41,7 +41,8 @@ def terminal_tables(comparison: Comparison) -> str:
                 spread = number(scale * summary["sd"], digits)
                 cells.append(f"{number(scale * summary['mean'], digits)} ± {spread}{missing}")
             rows.append([structure, *cells])
-        parts.append(align(rows))
+        # Long names of trainers stand better in rows, many structures too.
+        parts.append(min(align(rows), align(list(zip(*rows))), key=lambda table: max(map(len, table.splitlines()))))
     last = list(comparison.per_structure("Dice"))[-1]
     rows = [[f"difference to {comparison.names[0]}", "mean [95 % interval]", "p (Holm)", "won/tied/lost"]]
     for metric in _IN_TERMINAL:
