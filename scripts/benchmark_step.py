@@ -323,7 +323,7 @@ def monitor_cost(device: torch.device, repetitions: int) -> None:
                 blosc2.asarray(noise, urlpath=str(folder / f"{case}.b2nd"), mode="w")
             cases = [UnlabeledCase(case, str(folder), "noise") for case in ("a", "b")]
             monitor = Monitor(cases, trainer.unlabeled_patch_size)
-            looks = [functools.partial(monitor.look, trainer, file) for file in (None, str(folder / "picture.png"))]
+            looks = [functools.partial(monitor.look, trainer, file) for file in (None, str(folder.parent / "a.png"))]
             seconds, look, picture = np.median(time_in_turns([step, *looks], repetitions, device), axis=0)
             share = (look * (every - 1) + picture) / every / (steps_per_epoch * seconds)
             who = f"{name}, {cls.__name__.removeprefix('nnUNetTrainer')}"
