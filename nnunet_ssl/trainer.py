@@ -191,6 +191,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         """Check the unlabeled data before anything is loaded, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
+        # All trainers alike: the first stage's segmentations tell of hidden labels, whoever learns from them.
+        check_no_hidden_labels(self, hidden_cases(self.preprocessed_dataset_folder, self.fold))
         if self.uses_unlabeled:
             self._unlabeled_cases = self.find_unlabeled_cases()
             self.print_to_log_file(f"Training with {describe_cases(self._unlabeled_cases)}")
@@ -327,7 +329,6 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         settings = preprocessing_settings(self.plans_manager, self.configuration_name)
         train, val = self.do_split()
         split = {"train": train, "val": val, "unlabeled": hidden_cases(folder, self.fold)}
-        check_no_hidden_labels(self, split["unlabeled"])
         partly = cases_with_ignored_voxels(self.dataset_class(folder, train), self.label_manager.ignore_label)
         cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive, partly)
         for note in notes:

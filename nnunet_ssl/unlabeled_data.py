@@ -138,9 +138,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         if self.previous_stage is None:
             transformed = self.transforms(**data)
             return transformed["image"], transformed.get("regression_target")
-        previous = torch.from_numpy(crop_and_pad_nd(self.previous_stage.load(key), box, -1, cast_cropped_to=np.int16))[
-            None
-        ]
+        cropped = crop_and_pad_nd(self.previous_stage.load(key), box, -1, cast_cropped_to=np.int16)
+        previous = torch.from_numpy(cropped)[None]
         mask = data.get("segmentation", torch.zeros_like(previous))
         # nnU-Net's transforms turn channel 1 into further channels of the image, and change them: the weak view's come
         # from a second copy.

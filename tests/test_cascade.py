@@ -118,12 +118,13 @@ def test_unlabeled_images_keep_their_segmentation_through_augmentation(cascade):
     assert changed > 10
 
 
-def test_folds_that_hide_labels_are_refused(cascade):
+@pytest.mark.parametrize("cls", [nnUNetTrainerSemiTC, nnUNetTrainerSupervised], ids=lambda c: c.__name__)
+def test_folds_that_hide_labels_are_refused(cascade, cls):
     """The first stage's segmentations lie in one folder for all folds, and some of these have seen the labels."""
     cascade.hide(cascade.hidden)
-    cascade.segmentations(nnUNetTrainerSemiTC, (*cascade.labeled, *cascade.validation, *cascade.hidden))
+    cascade.segmentations(cls, (*cascade.labeled, *cascade.validation, *cascade.hidden))
     with pytest.raises(UserError, match="Fold 0 hides the labels of 3 cases"):
-        cascade.trainer(nnUNetTrainerSemiTC).run_training()
+        cascade.trainer(cls).run_training()
 
 
 def test_a_segmentation_of_another_size_is_no_segmentation(cascade):

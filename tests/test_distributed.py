@@ -252,6 +252,13 @@ def test_torchrun_trains_on_two_nodes(tmp_path):
     assert json.loads((folder / "nnunet_ssl.json").read_text())["validated_with"] == "checkpoint_best.pth"
 
 
+def test_train_refuses_a_fold_that_is_none(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    (tiny.base / "nnUNetPlans.json").write_text(json.dumps(tiny.plans))
+    assert main(["train", "Dataset900_Tiny", "2d", "first", "-tr", "nnUNetTrainerSemiTC"]) == 2
+    assert "The fold is 'first'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (("-tr", "nnUNetTrainer", "-device", "cpu"), "is not a trainer of this package"),
     (("-tr", "nnUNetTrainerNone", "-device", "cpu"), "nnunet-ssl env"),

@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     from nnunet_ssl.distributed import joined_processes
+    from nnunet_ssl.errors import UserError
     from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_configurations, require_variables
     from nnunet_ssl.nnunet_names import replaced
 
@@ -50,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     _, preprocessed, _ = require_variables("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     name = dataset_name(arguments.dataset)
     require_configurations(read_plans(preprocessed / name, arguments.plans), [arguments.configuration])
+    if arguments.fold != "all" and not arguments.fold.isdecimal():
+        raise UserError(f"The fold is {arguments.fold!r}; expected its number, or all.")
     fold = arguments.fold if arguments.fold == "all" else int(arguments.fold)
     with joined_processes(arguments.device) as device:
         trainer = get_trainer_from_args(
