@@ -6,17 +6,14 @@ remembers the settings it was made with, so that images made with other plans ar
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import re
 import socket
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import blosc2
@@ -27,28 +24,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_atomically
+from nnunet_ssl.raw_images import CaseReport, RawCase, number_of_channels
 
 UNLABELED_SUFFIX = "_unlabeled"
 TEST_SUFFIX = "_test_images"
 SETTINGS_FILE = "preprocessing.json"
 _PART_SUFFIX = ".part"
-
-
-@dataclasses.dataclass(frozen=True)
-class RawCase:
-    """Channel files of one image, in channel order."""
-
-    identifier: str
-    images: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class CaseReport:
-    """How the preprocessing of one case ended; ``error`` is empty where it went well."""
-
-    identifier: str
-    error: str = ""
-    note: str = ""
 
 
 def preprocessing_settings(plans_manager: PlansManager, configuration: str) -> dict[str, Any]:
@@ -92,58 +73,6 @@ def check_same_preprocessing(folder: str, settings: dict[str, Any]) -> None:
         )
 
 
-def raw_identifiers(raw_folder: str | None, name: str) -> list[str] | None:
-    """Identifiers of the images in a folder of the raw data set; None where there is no such folder."""
-    folder = os.path.join(raw_folder, name) if raw_folder is not None else ""
-    if not os.path.isdir(folder):
-        return None
-    return sorted({match[1] for f in _visible_files(folder) if (match := re.fullmatch(r"(.+)_\d{4}(\..+)?", f))})
-
-
-def number_of_channels(dataset_json: dict[str, Any]) -> int:
-    """As dataset.json says, in its present or its former way."""
-    return len(dataset_json["channel_names" if "channel_names" in dataset_json else "modality"])
-
-
-def find_raw_cases(
-    folder: str, file_ending: str, num_channels: int, labeled: Iterable[str]
-) -> tuple[list[RawCase], list[CaseReport]]:
-    """List the images of a folder, named as nnU-Net names them: ``CASE_0000.ending`` and so on.
-
-    Args:
-        folder: imagesUn or imagesTs of a raw data set.
-        file_ending: As in dataset.json.
-        num_channels: As in dataset.json.
-        labeled: Identifiers of the labeled cases, which must not occur here.
-
-    Returns:
-        The usable cases, and a report for every file or case that is not.
-    """
-    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
-    channels: dict[str, dict[int, str]] = {}
-    reports = []
-    for name in _visible_files(folder):
-        match = pattern.fullmatch(name)
-        if match is None:
-            expected = f"CASE_0000{file_ending}"
-            reports.append(CaseReport(name, f"the name does not fit: expected {expected} as dataset.json says"))
-        else:
-            channels.setdefault(match[1], {})[int(match[2])] = os.path.join(folder, name)
-    cases = []
-    known = set(labeled)
-    for identifier, files in sorted(channels.items()):
-        if identifier in known:
-            reports.append(CaseReport(identifier, "a labeled case has the same name; rename or remove one of them"))
-        elif sorted(files) != list(range(num_channels)):
-            have = ", ".join(f"{i:04d}" for i in sorted(files))
-            reports.append(
-                CaseReport(identifier, f"channel files {have} found, dataset.json asks for {num_channels} from 0000 on")
-            )
-        else:
-            cases.append(RawCase(identifier, tuple(files[i] for i in range(num_channels))))
-    return cases, reports
-
-
 def preprocess_case(
     case: RawCase, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], output_folder: str
 ) -> CaseReport:
@@ -170,7 +99,7 @@ def preprocess_cases(
     """Preprocess cases in parallel processes; finished ones are skipped.
 
     Args:
-        cases: From ``find_raw_cases``.
+        cases: From ``raw_images``.
         plans: nnU-Net's plans.
         configuration: A configuration of the plans.
         dataset_json: nnU-Net's dataset.json.
@@ -264,7 +193,3 @@ def _check_voxels(raw: np.ndarray, num_channels: int) -> None:
     for channel in range(num_channels):
         if raw[channel].min() == raw[channel].max():
             raise UserError(f"channel {channel} is constant (all voxels are {raw[channel].flat[0]}); nothing to learn")
-
-
-def _visible_files(folder: str) -> list[str]:
-    return sorted(f.name for f in Path(folder).iterdir() if f.is_file() and not f.name.startswith("."))

@@ -32,8 +32,8 @@ from nnunet_ssl.preprocessing import (
     UNLABELED_SUFFIX,
     check_same_preprocessing,
     preprocessed_cases,
-    raw_identifiers,
 )
+from nnunet_ssl.raw_images import TEST_FOLDER, UNLABELED_FOLDER, raw_identifiers
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -193,18 +193,19 @@ def find_unlabeled_cases(
         UserError: Where there are none, some are not preprocessed yet, or a case is also labeled or reported on.
     """
     notes: list[str] = []
-    unlabeled = _from_folder(preprocessed_folder + UNLABELED_SUFFIX, raw_folder, "imagesUn", preprocessing, notes)
+    unlabeled = _from_folder(preprocessed_folder + UNLABELED_SUFFIX, raw_folder, UNLABELED_FOLDER, preprocessing, notes)
     cases = unlabeled + _from_fold(preprocessed_folder, split["unlabeled"], "hidden label")
     # With fold "all" nnU-Net validates on its training cases; these are labeled.
     reported = sorted(set(split["val"]) - set(split["train"]))
     if transductive:
         cases += _from_fold(preprocessed_folder, reported, TRANSDUCTIVE)
-        cases += _from_folder(preprocessed_folder + TEST_SUFFIX, raw_folder, "imagesTs", preprocessing, notes)
+        cases += _from_folder(preprocessed_folder + TEST_SUFFIX, raw_folder, TEST_FOLDER, preprocessing, notes)
     if not cases and not partly_annotated:
         raise UserError(
-            "No unlabeled case. There are three ways to add some: put images into imagesUn/ of the raw data set and "
-            "run 'nnunet-ssl preprocess'; hide labels for an experiment with 'nnunet-ssl split' and train the fold it "
-            "prints; or train nnUNetTrainerSemiTCPlus, which uses the images of the validation cases and of imagesTs/."
+            "No unlabeled case. There are three ways to add some: put images into imagesUn/ of the raw data set, or "
+            "list them in dataset.json, and run 'nnunet-ssl preprocess'; hide labels for an experiment with "
+            "'nnunet-ssl split' and train the fold it prints; or train nnUNetTrainerSemiTCPlus, which uses the images "
+            "of the validation cases and of imagesTs/."
         )
     _check_disjoint(cases, split["train"], "labeled")
     cases += _from_fold(preprocessed_folder, partly_annotated, "partly annotated")
@@ -246,11 +247,11 @@ def _from_folder(
 ) -> list[UnlabeledCase]:
     identifiers = preprocessed_cases(folder)
     raw = raw_identifiers(raw_folder, raw_name)
-    command = "nnunet-ssl preprocess" + (" --test-images" if raw_name == "imagesTs" else "")
+    command = "nnunet-ssl preprocess" + (" --test-images" if raw_name == TEST_FOLDER else "")
     if not identifiers:
         if raw:
             raise UserError(
-                f"{raw_name}/ holds {len(raw)} images, but none is preprocessed in {folder}. Run '{command} -d DATASET "
+                f"{raw_name} holds {len(raw)} images, but none is preprocessed in {folder}. Run '{command} -d DATASET "
                 f"-c CONFIGURATION' with the plans you train with."
             )
         return []
@@ -259,11 +260,11 @@ def _from_folder(
         missing, removed = sorted(set(raw) - set(identifiers)), sorted(set(identifiers) - set(raw))
         if missing:
             notes.append(
-                f"WARNING: {len(missing)} of {len(raw)} images of {raw_name}/ are not preprocessed and not used, e.g. "
+                f"WARNING: {len(missing)} of {len(raw)} images of {raw_name} are not preprocessed and not used, e.g. "
                 f"{missing[0]}. Run '{command}' again."
             )
         if removed:
-            notes.append(f"{len(removed)} images in {folder} are no longer in {raw_name}/ and not used.")
+            notes.append(f"{len(removed)} images in {folder} are no longer in {raw_name} and not used.")
         identifiers = [i for i in identifiers if i in set(raw)]
     return [UnlabeledCase(i, folder, raw_name) for i in identifiers]
 

@@ -171,7 +171,8 @@ def test_other_plans_need_overwrite(raw, capsys):
 
 
 def test_a_dying_worker_is_reported():
-    from nnunet_ssl.preprocessing import RawCase, _in_processes
+    from nnunet_ssl.preprocessing import _in_processes
+    from nnunet_ssl.raw_images import RawCase
 
     reports = list(_in_processes(_die, [RawCase("a", ()), RawCase("b", ())], (os.getpid(),), 2))
     assert {r.identifier for r in reports} == {"a", "b"}

@@ -81,7 +81,7 @@ def test_unlabeled_images_not_preprocessed_yet(tiny):
     raw = tiny.root / "nnUNet_raw" / "Dataset900_Tiny" / "imagesUn"
     raw.mkdir()
     (raw / "x_0000.png").touch()
-    with pytest.raises(UserError, match=r"imagesUn/ holds 1 images, but none is preprocessed.*nnunet-ssl preprocess"):
+    with pytest.raises(UserError, match=r"imagesUn holds 1 images, but none is preprocessed.*nnunet-ssl preprocess"):
         tiny.trainer(nnUNetTrainerSemiTC).find_unlabeled_cases()
     shutil.move(raw, raw.with_name("imagesTs"))
     with pytest.raises(UserError, match=r"imagesTs/ holds 1 images.*preprocess --test-images"):
@@ -207,7 +207,7 @@ def test_images_that_left_the_raw_folder_do_not_count(tiny):
     assert "un_1" not in found(trainer)
     assert "un_0" in found(trainer)
     text = Path(trainer.log_file).read_text()
-    assert "1 of 2 images of imagesUn/ are not preprocessed and not used, e.g. new" in text
+    assert "1 of 2 images of imagesUn are not preprocessed and not used, e.g. new" in text
     assert "1 images in" in text
 
 

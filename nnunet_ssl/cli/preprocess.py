@@ -1,4 +1,7 @@
-"""Preprocess images without labels (imagesUn/ of the raw data set) with nnU-Net's own preprocessing and plans.
+"""Preprocess images without labels with nnU-Net's own preprocessing and plans.
+
+They lie in imagesUn/ of the raw data set, named like those of imagesTr, or are listed in dataset.json, as in
+"unlabeled": {"case_7": {"images": ["/archive/7.nii.gz"]}}, one file per channel.
 
 Run it after nnUNetv2_plan_and_preprocess. Finished cases are skipped, so the command can be stopped and run again. A
 broken case does not stop the others; the end of the output lists what failed and why, and the exit status is then 1.
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnunet_ssl.preprocessing import CaseReport
+    from nnunet_ssl.raw_images import CaseReport, RawCase
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Preprocess every configuration; 1 if a case failed."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.nnunet_folders import (
         dataset_name,
@@ -47,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_variables,
     )
     from nnunet_ssl.preprocessing import TEST_SUFFIX, UNLABELED_SUFFIX
+    from nnunet_ssl.raw_images import TEST_FOLDER, UNLABELED_FOLDER, find_raw_cases, raw_identifiers
 
     raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)
@@ -61,17 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_parts > 1 and arguments.overwrite:
         raise UserError("--overwrite would remove what other parts have made; remove the folder first, then run parts.")
     dataset_json = read_json(preprocessed / name / "dataset.json", "Run nnUNetv2_plan_and_preprocess first.")
-    folders = [("imagesUn", UNLABELED_SUFFIX)] + [("imagesTs", TEST_SUFFIX)] * arguments.test_images
-    if arguments.test_images and not (raw / name / "imagesUn").is_dir():
+    folders = [(UNLABELED_FOLDER, UNLABELED_SUFFIX)] + [(TEST_FOLDER, TEST_SUFFIX)] * arguments.test_images
+    if arguments.test_images and raw_identifiers(str(raw / name), UNLABELED_FOLDER) is None:
         folders = folders[1:]
-    for folder, _ in folders:
-        if not (raw / name / folder).is_dir():
-            raise UserError(f"{raw / name / folder} is missing. Put the images there, named like those of imagesTr.")
-    failed: list[CaseReport] = []
+    labeled = get_filenames_of_train_images_and_targets(str(raw / name), dataset_json)
+    found = {folder: find_raw_cases(str(raw / name), folder, dataset_json, labeled) for folder, _ in folders}
+    failed: list[CaseReport] = [report for _, unusable in found.values() for report in unusable]
     for configuration in arguments.configurations:
         for folder, suffix in folders:
             output = preprocessed / name / (_data_identifier(plans, configuration) + suffix)
-            failed += _preprocess_folder(arguments, raw / name, folder, plans, configuration, dataset_json, output)
+            failed += _preprocess(arguments, folder, found[folder][0], plans, configuration, dataset_json, output)
     if failed:
         print(f"\n{len(failed)} failed:")
         for report in failed:
@@ -86,35 +91,30 @@ def _data_identifier(plans: dict[str, Any], configuration: str) -> str:
     return PlansManager(plans).get_configuration(configuration).data_identifier
 
 
-def _preprocess_folder(
+def _preprocess(
     arguments: argparse.Namespace,
-    raw: Path,
     folder: str,
+    cases: list[RawCase],
     plans: dict[str, Any],
     configuration: str,
     dataset_json: dict[str, Any],
     output: Path,
 ) -> list[CaseReport]:
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
     from tqdm import tqdm
 
-    from nnunet_ssl.preprocessing import find_raw_cases, number_of_channels, preprocess_cases
+    from nnunet_ssl.preprocessing import preprocess_cases
 
-    labeled = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
-    num_channels = number_of_channels(dataset_json)
-    cases, reports = find_raw_cases(str(raw / folder), dataset_json["file_ending"], num_channels, labeled)
     cases = cases[arguments.part_id :: arguments.num_parts]
     total, running = preprocess_cases(
         cases, plans, configuration, dataset_json, str(output), arguments.processes, arguments.overwrite
     )
+    failed = []
     for report in tqdm(running, total=total, desc=f"{folder} {configuration}"):
-        reports.append(report)
+        if report.error:
+            failed.append(report)
         if report.note:
             tqdm.write(f"note: {report.identifier}: {report.note}")
-    failed = [r for r in reports if r.error]
-    done = total - sum(1 for r in failed if r.identifier in {c.identifier for c in cases})
-    print(
-        f"{folder} {configuration}: {done} preprocessed, {len(cases) - total} were there already, {len(failed)} failed"
-    )
+    done, before = total - len(failed), len(cases) - total
+    print(f"{folder} {configuration}: {done} preprocessed, {before} were there already, {len(failed)} failed")
     print(f"  -> {output}")
     return failed

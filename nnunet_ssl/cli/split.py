@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     from nnunet_ssl.nnunet_folders import dataset_name, read_json, require_variables
-    from nnunet_ssl.preprocessing import raw_identifiers
+    from nnunet_ssl.raw_images import UNLABELED_FOLDER, raw_identifiers
     from nnunet_ssl.splits import NNUNET_NUM_FOLDS, hide_labels, load_or_make_splits, write_splits
 
     raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{len(parts['val']):>11}"
         )
     print(f"Written to {splits_file}")
-    both = sorted(set(raw_identifiers(str(raw / name), "imagesUn") or ()) & set(identifiers))
+    both = sorted(set(raw_identifiers(str(raw / name), UNLABELED_FOLDER) or ()) & set(identifiers))
     if both:
         print(
             f"WARNING: {len(both)} images of imagesUn are labeled cases too, e.g. {both[0]}: some fold reports on "
