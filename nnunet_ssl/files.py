@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from nnunet_ssl.errors import UserError
 
 
 def replace_atomically(path: str, write: Callable[[str], None]) -> None:
@@ -14,17 +18,16 @@ def replace_atomically(path: str, write: Callable[[str], None]) -> None:
     Args:
         path: The final name.
         write: Called with the temporary name; must leave a complete file there.
+
+    Raises:
+        UserError: Where the file cannot be written, e.g. because the disk is full.
     """
     temporary = f"{path}.part"
-    try:
+    with _all_or_nothing([temporary]), _explained(path):
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
 
 
 def write_atomically(path: str, content: bytes) -> None:
@@ -37,18 +40,45 @@ def write_together(contents: Mapping[str, bytes]) -> None:
 
     Args:
         contents: By path.
+
+    Raises:
+        UserError: Where a file cannot be written.
     """
     temporaries = {path: f"{path}.part" for path in contents}
-    try:
+    with _all_or_nothing(temporaries.values()):
         for path, content in contents.items():
-            with open(temporaries[path], "wb") as file:
+            with _explained(path), open(temporaries[path], "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+            with _explained(path):
+                os.replace(temporary, path)
+
+
+@contextmanager
+def _all_or_nothing(temporaries: Iterable[str]) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        for temporary in temporaries.values():
+        for temporary in temporaries:
             if os.path.exists(temporary):
                 os.remove(temporary)
         raise
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """PyTorch and blosc2 name neither the file nor the reason where a disk is full."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError) as error:
+        folder = os.path.dirname(os.path.abspath(path))
+        free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB" if os.path.isdir(folder) else "no such folder"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} could not be written: {reason[0]} (space left there: {free}). Its previous version, if any, is "
+            f"unchanged. Make room or name another folder, and run the command again."
+        ) from error

@@ -23,13 +23,14 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import write_atomically
+from nnunet_ssl.files import replace_atomically, write_atomically
 from nnunet_ssl.raw_images import CaseReport, RawCase, number_of_channels
 
 UNLABELED_SUFFIX = "_unlabeled"
 TEST_SUFFIX = "_test_images"
 SETTINGS_FILE = "preprocessing.json"
-_PART_SUFFIX = ".part"
+# As nnU-Net compresses its own.
+_COMPRESSION = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1}
 
 
 def preprocessing_settings(plans_manager: PlansManager, configuration: str) -> dict[str, Any]:
@@ -173,12 +174,8 @@ def _preprocess_and_write(
     data = np.ascontiguousarray(data, dtype=np.float32)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)
     final = os.path.join(output_folder, case.identifier + ".b2nd")
-    part = final + _PART_SUFFIX
-    if os.path.exists(part):
-        os.remove(part)
-    cparams = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1}
-    blosc2.asarray(data, urlpath=part, chunks=chunks, blocks=blocks, cparams=cparams)
-    os.replace(part, final)
+    parameters = {"chunks": chunks, "blocks": blocks, "cparams": _COMPRESSION, "mode": "w"}
+    replace_atomically(final, lambda part: blosc2.asarray(data, urlpath=part, **parameters))
     sides = data.shape[-len(manager.patch_size) :]
     if all(side < patch for side, patch in zip(sides, manager.patch_size)):
         return f"smaller than the patch ({list(sides)} < {list(manager.patch_size)} voxels): padded with zeros"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from nnunet_ssl.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocess
 
 # Reading order of the shapes: 2D, isotropic 3D, anisotropic 3D (nnU-Net augments its slices as 2D images).
 PATCHES = {"2d": (32, 32), "3d": (16, 16, 16), "anisotropic": (4, 32, 32)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="the whole matrix, and faults more often")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --thorough, a part of the tests."""
+    left_out = [] if config.getoption("thorough") else [i for i in items if i.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_configure() -> None:
@@ -217,6 +229,12 @@ def _nnunet_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("nnunet_ssl.term_logger.TermLogger.plot_progress_png", lambda self, folder: None)
     stock_logger = "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png"
     monkeypatch.setattr(stock_logger, lambda self, folder: None)
+
+
+@pytest.fixture
+def often(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often to try something: the first number usually, the second with --thorough."""
+    return lambda usually, thoroughly: thoroughly if request.config.getoption("thorough") else usually
 
 
 @pytest.fixture

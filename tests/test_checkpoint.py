@@ -127,7 +127,7 @@ def test_a_failed_write_leaves_the_previous_version(tmp_path):
         Path(temporary).write_bytes(b"ne")
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
         replace_atomically(str(file), half)
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
@@ -146,7 +146,7 @@ def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch)
             raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
         write_together(dict.fromkeys(files, b"new"))
     assert {Path(file).read_bytes() for file in files} == {b"old"}
     assert len(os.listdir(tmp_path)) == 2

@@ -7,8 +7,8 @@ Departures from the paper: nnU-Net's loss with deep supervision on pseudo-labels
 number of classes, and regions; crops in 3D are shifted in a random direction per axis, by less where images are hardly
 larger than the patch, and show zeros where they leave the image; a single unlabeled image per batch is mixed with a
 labeled one, whose labels then count inside the box. The summary at hand names neither weight, ramp nor shift: weights
-of 1 with a Gaussian ramp, an eighth of the side. The networks label images before nnU-Net's changes of intensity, which
-the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020).
+of 0.2 with a Gaussian ramp (tuned, docs/results.md), an eighth of the side. The networks label images before nnU-Net's
+changes of intensity, which the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class FixedDynamicParameters(HyperParameters):
     unlabeled_ramp: float = parameter(
         0.4, "fraction of stage 2 over which the weights of the pseudo-labels rise", minimum=0.0, maximum=1.0
     )
-    fixed_weight: float = parameter(1.0, "weight of the fixed pseudo-labels; 0 for dynamic ones alone", minimum=0.0)
+    fixed_weight: float = parameter(0.2, "weight of the fixed pseudo-labels; 0 for dynamic ones alone", minimum=0.0)
     dynamic_weight: float = parameter(
-        1.0,
+        0.2,
         "weight of the dynamic pseudo-labels; 0 for fixed ones alone: cross pseudo supervision, if cutmix is off too",
         minimum=0.0,
     )
