@@ -11,6 +11,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.nnunet_files import check_configuration, check_dataset_json, check_plans
 
 _VARIABLES = {"nnUNet_raw": nnUNet_raw, "nnUNet_preprocessed": nnUNet_preprocessed, "nnUNet_results": nnUNet_results}
 
@@ -59,19 +60,24 @@ def read_json(file: Path, hint: str) -> Any:
 
 def read_plans(preprocessed: Path, plans_name: str) -> dict[str, Any]:
     """The plans file of a data set."""
-    hint = "Run nnUNetv2_plan_and_preprocess first, or name the plans with -p."
-    return read_json(preprocessed / f"{plans_name}.json", hint)
+    file = preprocessed / f"{plans_name}.json"
+    return check_plans(read_json(file, "Run nnUNetv2_plan_and_preprocess first, or name the plans with -p."), str(file))
+
+
+def read_dataset_json(file: Path) -> dict[str, Any]:
+    """nnU-Net's description of a data set.
+
+    Raises:
+        UserError: Where it is missing, or an entry is.
+    """
+    return check_dataset_json(read_json(file, "nnUNetv2_plan_and_preprocess copies it from the raw data."), str(file))
 
 
 def require_configurations(plans: dict[str, Any], configurations: list[str]) -> None:
-    """Check that the plans have these configurations.
+    """Check that the plans have these configurations, and that they can be worked with.
 
     Raises:
-        UserError: Naming those there are.
+        UserError: Naming those there are, or the entry that is wrong.
     """
-    unknown = [c for c in configurations if c not in plans["configurations"]]
-    if unknown:
-        raise UserError(
-            f"The plans {plans['plans_name']} have no configuration {unknown[0]}; they have "
-            f"{', '.join(plans['configurations'])}."
-        )
+    for configuration in configurations:
+        check_configuration(plans, configuration, f"{plans['plans_name']}.json")

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -29,6 +29,8 @@ from nnunet_ssl.raw_images import CaseReport, RawCase, number_of_channels
 UNLABELED_SUFFIX = "_unlabeled"
 TEST_SUFFIX = "_test_images"
 SETTINGS_FILE = "preprocessing.json"
+# 8 GiB in single precision, of which nnU-Net makes several copies.
+_MOST_VOXELS = 2**31
 # As nnU-Net compresses its own.
 _COMPRESSION = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1}
 
@@ -169,9 +171,17 @@ def _preprocess_and_write(
     manager = plans_manager.get_configuration(configuration)
     raw, properties = plans_manager.image_reader_writer_class().read_images(case.images)
     _check_voxels(raw, number_of_channels(dataset_json))
+    transposed = plans_manager.transpose_forward
+    _check_spacing(
+        [properties["spacing"][a] for a in transposed], [raw.shape[1 + a] for a in transposed], manager.spacing
+    )
     preprocessor = manager.preprocessor_class(verbose=False)
     data, _, _ = preprocessor.run_case_npy(raw, None, properties, plans_manager, manager, dataset_json)
     data = np.ascontiguousarray(data, dtype=np.float32)
+    if not np.isfinite(data).all():
+        raise UserError(
+            f"the voxels (up to {np.abs(raw).max():.3g}) are too large to be normalized in single precision"
+        )
     blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)
     final = os.path.join(output_folder, case.identifier + ".b2nd")
     parameters = {"chunks": chunks, "blocks": blocks, "cparams": _COMPRESSION, "mode": "w"}
@@ -183,6 +193,8 @@ def _preprocess_and_write(
 
 
 def _check_voxels(raw: np.ndarray, num_channels: int) -> None:
+    if raw.size == 0:
+        raise UserError(f"the image has no voxels (shape {raw.shape})")
     if raw.shape[0] != num_channels:
         raise UserError(f"the image has {raw.shape[0]} channels, dataset.json names {num_channels}")
     if not np.isfinite(raw).all():
@@ -190,3 +202,16 @@ def _check_voxels(raw: np.ndarray, num_channels: int) -> None:
     for channel in range(num_channels):
         if raw[channel].min() == raw[channel].max():
             raise UserError(f"channel {channel} is constant (all voxels are {raw[channel].flat[0]}); nothing to learn")
+
+
+def _check_spacing(spacing: Sequence[float], shape: Sequence[int], planned: Sequence[float]) -> None:
+    """Of an image, in mm and in the axes of the plans; plans in 2D leave the first axis alone."""
+    if not all(0 < float(side) < np.inf for side in spacing):
+        raise UserError(f"the header says that voxels measure {list(spacing)} mm; expected positive lengths")
+    target = [*spacing[: len(spacing) - len(planned)], *planned]
+    voxels = np.prod([side * old / new for side, old, new in zip(shape, spacing, target)])
+    if voxels > _MOST_VOXELS:
+        raise UserError(
+            f"the header says that voxels measure {list(spacing)} mm; in the plan's spacing the image would have "
+            f"{voxels:.2g} of them, expected at most {_MOST_VOXELS:.2g}. Correct the header"
+        )

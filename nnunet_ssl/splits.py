@@ -6,14 +6,16 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_atomically
+from nnunet_ssl.nnunet_files import check_splits
+from nnunet_ssl.nnunet_folders import read_json
 
 # nnU-Net's own, so that the default folds made here are the ones it would have made.
 NNUNET_SPLIT_SEED = 12345
@@ -43,14 +45,16 @@ def load_or_make_splits(splits_file: str, identifiers: Sequence[str]) -> list[di
             )
         ordered = [str(i) for i in np.sort(list(identifiers))]
         return generate_crossval_split(ordered, seed=NNUNET_SPLIT_SEED, n_splits=NNUNET_NUM_FOLDS)
-    try:
-        splits = load_json(splits_file)
-        well_formed = isinstance(splits, list) and all({"train", "val"} <= set(fold) for fold in splits)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{splits_file} is not a list of folds with 'train' and 'val' ({error}).") from None
-    if not well_formed:
-        raise UserError(f"{splits_file} must be a list of folds, each with 'train' and 'val'.")
-    return splits
+    return read_splits(splits_file)
+
+
+def read_splits(splits_file: str) -> list[dict[str, Any]]:
+    """The folds of an existing file.
+
+    Raises:
+        UserError: Naming the fold that is wrong.
+    """
+    return check_splits(read_json(Path(splits_file), "nnU-Net makes it when it trains first."), splits_file)
 
 
 def hide_labels(

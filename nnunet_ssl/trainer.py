@@ -29,12 +29,14 @@ from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_r
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
+from nnunet_ssl.nnunet_files import check_configuration, check_dataset_json, using
 from nnunet_ssl.nnunet_names import replaced_in_trainer_module
 from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, step, weighted_sum
 from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.run_record import note_validation, write_record
 from nnunet_ssl.schedules import RestartingPolyLRScheduler
+from nnunet_ssl.splits import read_splits
 from nnunet_ssl.step_guard import StepGuard
 from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
@@ -79,10 +81,15 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
         check_found_through_trainers_folder(SemiSupervisedTrainer)
+        plans_file = f"{plans.get('plans_name')}.json"
+        check_configuration(plans, configuration, plans_file)
+        check_dataset_json(dataset_json, "dataset.json")
         self.hp = self._read_hyperparameters(plans)
         planned = PlansManager(plans).get_configuration(configuration)
         check_mirror_axes(self.hp, planned.patch_size)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        self._files = f"{plans_file} or dataset.json"
+        with using(self._files):
+            super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
             self.device = device_of_process(device)
             if self.device.type != "cuda":
@@ -115,7 +122,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.hp.seed is not None:
             # Weights alike on all ranks (DDP would copy rank 0's anyway), everything drawn later different.
             torch.manual_seed(self.hp.seed)
-        with replaced_in_trainer_module(DDP=data_parallel):
+        with replaced_in_trainer_module(DDP=data_parallel), using(self._files):
             super().initialize()
         plans = self.partner_plans()
         if plans is not None:
@@ -186,6 +193,13 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.uses_unlabeled:
             self.dataloader_unlabeled = make_unlabeled_loader(self, self._unlabeled_cases, self._augmentation)
         return labeled, validation
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's, from a file that is in order."""
+        file = os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if self.fold != "all" and os.path.isfile(file):
+            read_splits(file)
+        return super().do_split()
 
     def on_train_start(self) -> None:
         """Check the unlabeled data before anything is loaded, then start as nnU-Net does."""

@@ -16,7 +16,6 @@ import blosc2
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
@@ -34,6 +33,7 @@ from nnunet_ssl.preprocessing import (
     preprocessed_cases,
 )
 from nnunet_ssl.raw_images import TEST_FOLDER, UNLABELED_FOLDER, raw_identifiers
+from nnunet_ssl.splits import read_splits
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainer import SemiSupervisedTrainer
@@ -228,7 +228,7 @@ def hidden_cases(preprocessed_folder: str, fold: int | str) -> list[str]:
     splits_file = Path(preprocessed_folder).parent / "splits_final.json"
     if fold == "all" or not splits_file.is_file():
         return []
-    splits = load_json(str(splits_file))
+    splits = read_splits(str(splits_file))
     return splits[int(fold)].get("unlabeled", []) if int(fold) < len(splits) else []
 
 

@@ -174,7 +174,7 @@ def test_other_bad_requests(results, capsys):
     (results.folder("nnUNetTrainer", 0) / "checkpoint_final.pth").write_bytes(b"broken")
     assert "cannot be read as nnU-Net's checkpoint" in refused(results, capsys)
     (results.folder("nnUNetTrainer", 0).parent / "dataset.json").write_text("{}")
-    assert "has no labels and no file_ending" in refused(results, capsys)
+    assert "lacks 'labels'; expected labels by name" in refused(results, capsys)
     assert main(["compare", "-d", "902"]) == 2
     assert "-c and -f and -tr is missing" in capsys.readouterr().err
 

@@ -220,7 +220,7 @@ def test_errors_before_anything_is_written(raw, monkeypatch, capsys, change, mes
 
 def test_unknown_configuration(raw, capsys):
     assert main(["preprocess", "-d", "900", "-c", "3d_fullres"]) == 2
-    assert "no configuration 3d_fullres; they have 2d" in capsys.readouterr().err
+    assert "nnUNetPlans.json has no configuration 3d_fullres; it has 2d." in capsys.readouterr().err
 
 
 def test_unknown_dataset(raw, capsys):

@@ -114,7 +114,8 @@ def _what_to_compare(arguments: argparse.Namespace) -> tuple[str, list[Candidate
 
 def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.evaluation.candidates import find_given, read_dataset_json
+    from nnunet_ssl.evaluation.candidates import find_given
+    from nnunet_ssl.nnunet_folders import read_dataset_json
 
     if any((arguments.dataset, arguments.configuration, arguments.folds, arguments.trainers, arguments.plans,
             arguments.best)):  # fmt: skip

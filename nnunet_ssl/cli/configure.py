@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the file and say what to run next."""
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.files import write_atomically
+    from nnunet_ssl.nnunet_files import using
     from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_configurations, require_variables
     from nnunet_ssl.plans import shrink, with_hyperparameters, with_partner_network
 
@@ -63,18 +64,19 @@ def run(arguments: argparse.Namespace) -> int:
         require_configurations(plans, [arguments.configuration])
     elif smaller or arguments.partner_network:
         raise UserError("Name the configuration whose network to change with -c, e.g. -c 2d.")
-    if smaller:
-        plans = shrink(
-            plans,
-            arguments.configuration,
-            downscale=arguments.downscale,
-            patch_size=arguments.patch_size,
-            batch_size=arguments.batch_size,
-            base_features=arguments.base_features,
-            max_features=arguments.max_features,
-        )
-    if arguments.partner_network:
-        plans = with_partner_network(plans, arguments.output, arguments.configuration)
+    with using(f"{arguments.plans}.json"):
+        if smaller:
+            plans = shrink(
+                plans,
+                arguments.configuration,
+                downscale=arguments.downscale,
+                patch_size=arguments.patch_size,
+                batch_size=arguments.batch_size,
+                base_features=arguments.base_features,
+                max_features=arguments.max_features,
+            )
+        if arguments.partner_network:
+            plans = with_partner_network(plans, arguments.output, arguments.configuration)
     write_atomically(str(file), json.dumps(plans, indent=4).encode())
     print(f"Written to {file}; train with -p {arguments.output}")
     if arguments.downscale > 1:

@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.evaluation.candidates import read_dataset_json
     from nnunet_ssl.label_maps import reader_class
+    from nnunet_ssl.nnunet_folders import read_dataset_json
     from nnunet_ssl.postprocessing import clean_file, read_cleaning
 
     file = arguments.dataset_json or arguments.input / "dataset.json"

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.nnunet_folders import (
         dataset_name,
-        read_json,
+        read_dataset_json,
         read_plans,
         require_configurations,
         require_variables,
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.num_parts > 1 and arguments.overwrite:
         raise UserError("--overwrite would remove what other parts have made; remove the folder first, then run parts.")
-    dataset_json = read_json(preprocessed / name / "dataset.json", "Run nnUNetv2_plan_and_preprocess first.")
+    dataset_json = read_dataset_json(preprocessed / name / "dataset.json")
     folders = [(UNLABELED_FOLDER, UNLABELED_SUFFIX)] + [(TEST_FOLDER, TEST_SUFFIX)] * arguments.test_images
     if arguments.test_images and raw_identifiers(str(raw / name), UNLABELED_FOLDER) is None:
         folders = folders[1:]

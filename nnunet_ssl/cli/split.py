@@ -24,14 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folds and print a table of them."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    from nnunet_ssl.nnunet_folders import dataset_name, read_json, require_variables
+    from nnunet_ssl.nnunet_folders import dataset_name, read_dataset_json, require_variables
     from nnunet_ssl.raw_images import UNLABELED_FOLDER, raw_identifiers
     from nnunet_ssl.splits import NNUNET_NUM_FOLDS, hide_labels, load_or_make_splits, write_splits
 
     raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)
     folder = preprocessed / name
-    dataset_json = read_json(folder / "dataset.json", "Run nnUNetv2_plan_and_preprocess first.")
+    dataset_json = read_dataset_json(folder / "dataset.json")
     identifiers = list(get_filenames_of_train_images_and_targets(str(raw / name), dataset_json))
     splits_file = folder / "splits_final.json"
     splits = load_or_make_splits(str(splits_file), identifiers)

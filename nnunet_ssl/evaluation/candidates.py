@@ -15,8 +15,9 @@ import torch
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.nnunet_folders import read_json
+from nnunet_ssl.nnunet_folders import read_dataset_json, read_json
 from nnunet_ssl.run_record import RECORD_FILE
+from nnunet_ssl.splits import read_splits
 from nnunet_ssl.unlabeled_data import TRANSDUCTIVE
 
 NOT_RECORDED = " (not recorded)"
@@ -94,20 +95,6 @@ class Query:
     best: bool = False
 
 
-def read_dataset_json(file: Path) -> dict[str, Any]:
-    """nnU-Net's dataset.json.
-
-    Raises:
-        UserError: Where it is missing or lacks what a comparison needs.
-    """
-    content = read_json(file, "It is nnU-Net's description of the data.")
-    missing = [key for key in ("labels", "file_ending") if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{file} has no {' and no '.join(missing)}; expected nnU-Net's dataset.json.")
-    description: dict[str, Any] = content
-    return description
-
-
 def find_trained(query: Query, trainers: list[str], plans: Sequence[str]) -> tuple[list[Candidate], Reference]:
     """The validation predictions of trainings, checked to be comparable.
 
@@ -126,7 +113,7 @@ def find_trained(query: Query, trainers: list[str], plans: Sequence[str]) -> tup
     pairs = list(zip(trainers, plans if len(plans) > 1 else list(plans) * len(trainers)))
     if len(set(pairs)) < len(pairs):
         raise UserError("The same trainer with the same plans was given twice.")
-    splits = read_json(query.preprocessed / "splits_final.json", "It says which cases were held out.")
+    splits = read_splits(str(query.preprocessed / "splits_final.json"))
     candidates = []
     for trainer, plan in pairs:
         name = trainer if trainers.count(trainer) == 1 else f"{trainer} ({plan})"
