@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_ssl.checkpoint import STATE_KEY, random_state, restore_random_state
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replace_atomically, write_atomically, write_together
-from nnunet_ssl.methods import TRAINERS, nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
+from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
 
 
 def trained(tiny, cls, **ssl):
@@ -99,8 +99,8 @@ def test_pretrained_weights_start_the_second_stage(tiny):
     assert trainer.in_second_stage
 
 
-def test_checkpointing_can_be_disabled(tiny):
-    trainer = tiny.trainer(TRAINERS[0], num_epochs=1)
+def test_checkpointing_can_be_disabled(tiny, trainer_class):
+    trainer = tiny.trainer(trainer_class, num_epochs=1)
     trainer.disable_checkpointing = True
     trainer.run_training()
     assert not list(Path(trainer.output_folder).glob("*.pth"))
