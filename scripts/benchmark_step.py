@@ -196,26 +196,29 @@ def keep_memory() -> None:
         library.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def compare_steps(device: torch.device, repetitions: int) -> None:
+def compare_steps(device: torch.device, repetitions: int, trainers: list[str]) -> None:
     """SemiTC beside the stock trainer on as many samples as its branches process, the others beside their floors.
 
     The stock trainer beside itself says how much of a ratio is noise.
     """
     keep_memory()
     for name, (patch, batch, stages) in CASES.items():
-        _, stock = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
-        _, again = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
-        _, siamese = make_step(nnUNetTrainerSemiTC, patch, batch, stages, device)
-        times = time_in_turns([stock, again, siamese], repetitions, device)
-        title = f"step {name}, {2 * batch} samples"
-        print_ratio(title, times[:, [0, 1]], "stock", "stock again")
-        print_ratio(title, times[:, [0, 2]], "stock", "SemiTC")
-        del stock, again, siamese
+        if "SemiTC" in trainers:
+            _, stock = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
+            _, again = make_step(nnUNetTrainer, patch, 2 * batch, stages, device)
+            _, siamese = make_step(nnUNetTrainerSemiTC, patch, batch, stages, device)
+            times = time_in_turns([stock, again, siamese], repetitions, device)
+            title = f"step {name}, {2 * batch} samples"
+            print_ratio(title, times[:, [0, 1]], "stock", "stock again")
+            print_ratio(title, times[:, [0, 2]], "stock", "SemiTC")
+            del stock, again, siamese
         for cls in (nnUNetTrainerDualNet, nnUNetTrainerFDPL):
-            trainer, step = make_step(cls, patch, batch, stages, device)
-            times = time_in_turns([make_floor(trainer, patch), step], repetitions, device)
-            print_ratio(f"step {name}, {batch} samples", times, "floor", cls.__name__.removeprefix("nnUNetTrainer"))
-            del trainer, step
+            short = cls.__name__.removeprefix("nnUNetTrainer")
+            if short in trainers:
+                trainer, step = make_step(cls, patch, batch, stages, device)
+                times = time_in_turns([make_floor(trainer, patch), step], repetitions, device)
+                print_ratio(f"step {name}, {batch} samples", times, "floor", short)
+                del trainer, step
 
 
 def print_ratio(title: str, times: np.ndarray, reference: str, name: str) -> None:
@@ -338,6 +341,8 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("memory", "monitor", "steps", "transforms"), help="one part of the benchmark"
     )
+    timed = ("SemiTC", "DualNet", "FDPL")
+    parser.add_argument("--trainers", nargs="+", choices=timed, default=timed, help="whose steps are timed")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "TRAINER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -350,7 +355,7 @@ def main() -> None:
         parts = {
             "memory": lambda: compare_memory(device),
             "monitor": lambda: monitor_cost(device, arguments.repetitions),
-            "steps": lambda: compare_steps(device, arguments.repetitions),
+            "steps": lambda: compare_steps(device, arguments.repetitions, arguments.trainers),
             "transforms": lambda: compare_fields(arguments.repetitions),
         }
         for name, part in parts.items():
