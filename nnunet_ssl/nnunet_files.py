@@ -46,7 +46,7 @@ _PLANS: dict[str, tuple[_Check, str]] = {
     "image_reader_writer": (_is_text, "the name of a class"),
     "transpose_forward": (lambda v: sorted(v) == [0, 1, 2] if _is_list_of(_is_label)(v) else False, "the axes 0, 1, 2"),
     "configurations": (_is_table, "configurations by name"),
-    "foreground_intensity_properties_per_channel": (_is_table, "a table by channel"),
+    "foreground_intensity_properties_per_channel": (lambda v: isinstance(v, dict), "a table by channel"),
 }
 _CONFIGURATION: dict[str, tuple[_Check, str]] = {
     "data_identifier": (_is_text, "the name of a folder"),
@@ -100,7 +100,9 @@ def check_configuration(plans: dict[str, Any], configuration: str, source: str) 
         entries = {**tables[name], **entries}
         chain.append(tables[name].get("inherits_from"))
     place = f"{source}, configuration {configuration}"
-    _check_entries(entries, _CONFIGURATION, place)
+    # Plans of older versions describe the network otherwise; nnU-Net translates them.
+    former = {"architecture"} if "UNet_class_name" in entries else set()
+    _check_entries(entries, {k: v for k, v in _CONFIGURATION.items() if k not in former}, place)
     sides = [len(entries[key]) for key in ("patch_size", "spacing", "median_image_size_in_voxels")]
     if sides not in ([2] * 3, [3] * 3):
         raise UserError(f"{place}: patch_size, spacing and median image have {sides} entries; expected 2 each, or 3.")

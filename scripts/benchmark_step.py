@@ -60,6 +60,7 @@ def make_plans(patch: tuple[int, ...], stages: int) -> dict:
         "normalization_schemes": ["ZScoreNormalization"],
         "use_mask_for_norm": [False],
         **resampling,
+        "resampling_fn_data_kwargs": {},
         "architecture": {
             "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
             "arch_kwargs": {
@@ -85,6 +86,8 @@ def make_plans(patch: tuple[int, ...], stages: int) -> dict:
     return {
         "dataset_name": "Dataset900_Benchmark",
         "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
         "configurations": {name: configuration},
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {},

@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.nnunet_files import check_configuration
 from nnunet_ssl.plans import shrink, with_hyperparameters
 
 
@@ -138,3 +139,32 @@ def test_only_asked_for_sizes_change_a_network(tiny):
     assert written.network_arch_init_kwargs["features_per_stage"] == [4, 6, 8, 12]
     assert written.network_arch_class_name.endswith("ResidualEncoderUNet")
     assert written.batch_size == 9
+
+
+def test_plans_in_nnunets_former_format():
+    """The network was described by other names; nnU-Net translates them."""
+    plans = make_plans((32, 32))
+    settings = plans["configurations"]["2d"].pop("architecture")["arch_kwargs"]
+    plans["configurations"]["2d"] |= {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": 4,
+        "unet_max_num_features": 8,
+        "n_conv_per_stage_encoder": settings["n_conv_per_stage"],
+        "n_conv_per_stage_decoder": settings["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [3, 3],
+        "pool_op_kernel_sizes": settings["strides"],
+        "conv_kernel_sizes": settings["kernel_sizes"],
+    }
+    check_configuration(plans, "2d", "nnUNetPlans.json")
+    assert PlansManager(plans).get_configuration("2d").network_arch_init_kwargs["features_per_stage"] == [4, 8, 8, 8]
+    del plans["configurations"]["2d"]["UNet_class_name"]
+    with pytest.raises(UserError, match=r"nnUNetPlans\.json, configuration 2d lacks 'architecture'"):
+        check_configuration(plans, "2d", "nnUNetPlans.json")
+
+
+def test_a_configuration_that_inherits_from_itself():
+    plans = make_plans((32, 32))
+    plans["configurations"]["a"] = {"inherits_from": "b"}
+    plans["configurations"]["b"] = {"inherits_from": "a"}
+    with pytest.raises(UserError, match="a inherits from itself"):
+        check_configuration(plans, "a", "nnUNetPlans.json")
