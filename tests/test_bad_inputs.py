@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,8 @@ def finished(work: Callable[[], None], output: Path, seconds: float = 120.0) -> 
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        # pytest has put streams of its own in their place.
+        sys.stdout = sys.stderr = open(descriptor, "w", buffering=1)  # noqa: SIM115
         work()
 
     child = forked(redirected)
