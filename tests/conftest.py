@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,14 @@ def often(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> TinyDataset:
     return TinyDataset(tmp_path, PATCHES["2d"])
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    """Traces of a network serve every other one with the same code, with the first one's hooks."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

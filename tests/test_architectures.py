@@ -33,6 +33,7 @@ def test_residual_encoder_plans(tmp_path, trainer_class, patch):
     assert np.isfinite(values).all()
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_networks_train_alike(tmp_path, trainer_class, monkeypatch):
     """nnU-Net compiles on CUDA alone; what is traced is the same everywhere, and so is what is saved."""
     weights = []

@@ -245,6 +245,7 @@ def test_features_are_what_the_last_head_reads(tiny):
         assert tap._features is None, "features of other passes are kept alive"
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_features_of_a_compiled_network(tiny):
     """The hook is traced with the network; without a C++ compiler only the tracing can be tested."""
     trainer = tiny.initialized(nnUNetTrainerDualNet)

@@ -20,7 +20,7 @@ from made_up_results import Results, compare
 from test_preprocessing import RawDataset
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
+from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC
 
 LONG = {"num_epochs": 12, "num_iterations_per_epoch": 2}
 
@@ -271,12 +271,13 @@ def test_neither_memory_nor_open_files_grow(tiny, often, monkeypatch):
     assert growth < 0.03 * memory[third]
 
 
-@pytest.mark.parametrize("cls", [nnUNetTrainerSupervised], ids=lambda c: c.__name__)
-def test_growth_is_seen(cls):
-    """The measure of the test above: a list that grows and files that stay open."""
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' process table")
+def test_growth_is_seen():
+    """The measure of the test above: memory that is kept, and a file that stays open."""
     memory, files = memory_and_files()
-    kept = [np.ones(2**20), open(os.devnull)]  # noqa: SIM115
+    # More than could be left of what other tests have freed.
+    kept = [np.ones(2**25), open(os.devnull)]  # noqa: SIM115
     more_memory, more_files = memory_and_files()
     kept[1].close()
-    assert more_memory > memory + 7
+    assert more_memory > memory + 100
     assert more_files == files + 1
