@@ -230,7 +230,7 @@ def test_the_log_says_where_dynamic_labels_equal_the_fixed_ones(tiny, side, warn
 
 
 def test_weights_follow_the_ramp(tiny):
-    trainer = tiny.initialized(nnUNetTrainerFDPL, unlabeled_ramp=0.5, dynamic_weight=2.0)
+    trainer = tiny.initialized(nnUNetTrainerFDPL, unlabeled_ramp=0.5, fixed_weight=1.0, dynamic_weight=2.0)
     batches = tiny.batches(trainer)
     for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
         trainer.current_epoch = epoch

@@ -98,4 +98,4 @@ def test_a_training_draws_and_logs(tiny, every, epochs):
     assert all(0 <= s <= 1 for s in stability[1:] if not np.isnan(s))
     weights = logged[TermLogger.key(TermLogger.weight("fixed"))]
     assert weights == sorted(weights)
-    assert weights[-1] == trainer.hp.fixed_weight
+    assert weights[-1] == pytest.approx(trainer.hp.fixed_weight)

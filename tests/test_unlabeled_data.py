@@ -84,7 +84,7 @@ def test_unlabeled_images_not_preprocessed_yet(tiny):
     with pytest.raises(UserError, match=r"imagesUn holds 1 images, but none is preprocessed.*nnunet-ssl preprocess"):
         tiny.trainer(nnUNetTrainerSemiTC).find_unlabeled_cases()
     shutil.move(raw, raw.with_name("imagesTs"))
-    with pytest.raises(UserError, match=r"imagesTs/ holds 1 images.*preprocess --test-images"):
+    with pytest.raises(UserError, match=r"imagesTs holds 1 images.*preprocess --test-images"):
         tiny.trainer(nnUNetTrainerSemiTCPlus).find_unlabeled_cases()
 
 
