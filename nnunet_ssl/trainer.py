@@ -26,6 +26,7 @@ from nnunet_ssl.background_workers import WatchedAugmenter
 from nnunet_ssl.cascade import check_complete, check_no_hidden_labels, previous_stage
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_ranks
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
@@ -195,11 +196,22 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         return labeled, validation
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's, from a file that is in order."""
+        """nnU-Net's, from a file that is in order.
+
+        Raises:
+            UserError: Where the file is damaged, or names cases that are not preprocessed.
+        """
         file = os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
         if self.fold != "all" and os.path.isfile(file):
             read_splits(file)
-        return super().do_split()
+        train, val = super().do_split()
+        missing = {*train, *val} - set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        if missing:
+            raise UserError(
+                f"{len(missing)} cases of fold {self.fold} are not preprocessed in {self.preprocessed_dataset_folder}, "
+                f"e.g. {min(missing)!r}. Run nnUNetv2_preprocess for this configuration, or correct {file}."
+            )
+        return train, val
 
     def on_train_start(self) -> None:
         """Check the unlabeled data before anything is loaded, then start as nnU-Net does."""
