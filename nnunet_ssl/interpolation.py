@@ -106,7 +106,9 @@ def spline_matrix(knots: tuple[int, ...], queries: tuple[int, ...], dtype: torch
     if len(knots) == 1:
         return torch.ones((len(queries), 1), dtype=dtype, device=device)
     spline = make_interp_spline(knots, np.eye(len(knots)), k=min(3, len(knots) - 1))
-    return torch.from_numpy(spline(queries)).to(device=device, dtype=dtype)
+    # Cast before it becomes a tensor: some devices know no double precision.
+    values = spline(queries).astype(np.float64 if dtype == torch.float64 else np.float32)
+    return torch.from_numpy(values).to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=256)

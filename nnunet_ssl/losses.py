@@ -91,11 +91,12 @@ def target_maps(
         if ignore_label is None:
             return target.float(), None
         return target[:, :-1].float(), ~target[:, -1:].bool()
-    labels, mask = target[:, 0].long(), None
+    labels, mask = target.long(), None
     if ignore_label is not None:
-        mask = (labels != ignore_label)[:, None]
-        labels = torch.where(mask[:, 0], labels, 0)
-    return functional.one_hot(labels, num_channels).movedim(-1, 1).float(), mask
+        mask = labels != ignore_label
+        labels = torch.where(mask, labels, 0)
+    maps = torch.zeros((len(labels), num_channels, *labels.shape[2:]), device=labels.device)
+    return maps.scatter_(1, labels, 1.0), mask
 
 
 def log_probabilities(logits: Tensor, has_regions: bool, temperature: float = 1.0) -> Tensor:

@@ -6,18 +6,26 @@ People edit these files. nnU-Net takes them as they are, and fails far from the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.hyperparameters import PLANS_KEY
 
 _Check = Callable[[Any], bool]
+# nnU-Net makes folder names of three of them; file systems allow 255 characters.
+_LONGEST_NAME = 128
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and len(value) <= _LONGEST_NAME and not {"/", "\\"} & set(value) and value not in (".", "..")
 
 
 def _is_count(value: Any) -> bool:
@@ -41,15 +49,15 @@ def _is_label(value: Any) -> bool:
 
 
 _PLANS: dict[str, tuple[_Check, str]] = {
-    "dataset_name": (_is_text, "the name of a data set"),
-    "plans_name": (_is_text, "a name"),
+    "dataset_name": (_is_name, "the name of a data set"),
+    "plans_name": (_is_name, "a name that can be a folder's"),
     "image_reader_writer": (_is_text, "the name of a class"),
     "transpose_forward": (lambda v: sorted(v) == [0, 1, 2] if _is_list_of(_is_label)(v) else False, "the axes 0, 1, 2"),
     "configurations": (_is_table, "configurations by name"),
     "foreground_intensity_properties_per_channel": (lambda v: isinstance(v, dict), "a table by channel"),
 }
 _CONFIGURATION: dict[str, tuple[_Check, str]] = {
-    "data_identifier": (_is_text, "the name of a folder"),
+    "data_identifier": (_is_name, "the name of a folder"),
     "preprocessor_name": (_is_text, "the name of a class"),
     "batch_size": (_is_count, "a positive number"),
     "patch_size": (_is_list_of(_is_count), "positive numbers of voxels"),
@@ -120,7 +128,7 @@ def using(source: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{source} cannot be used as it stands: {type(error).__name__}: {error}. Compare it with one that nnU-Net "
             f"has written."
@@ -143,6 +151,8 @@ def check_dataset_json(content: Any, source: str) -> dict[str, Any]:
         },
         source,
     )
+    if content["labels"].get("background") != 0:
+        _refuse(source, "labels: background", content["labels"].get("background"), "0")
     for name, value in content["labels"].items():
         if not _is_label(value) and not (_is_list_of(_is_label)(value) and value):
             _refuse(source, f"labels: {name}", value, "a number from 0 on, or several for a region")
@@ -162,6 +172,34 @@ def check_splits(content: Any, source: str) -> list[dict[str, list[str]]]:
         keys = ["train", "val", *(["unlabeled"] if isinstance(fold, dict) and "unlabeled" in fold else [])]
         _check_entries(fold, dict.fromkeys(keys, names), f"{source}, fold {number}")
     return content
+
+
+def check_labels_of_cases(properties: Iterable[tuple[str, dict[str, Any]]], label_manager: LabelManager) -> None:
+    """Preprocessed cases have no labels but those of dataset.json: nnU-Net's loss would fail on others.
+
+    Args:
+        properties: Cases with what nnU-Net noted when it preprocessed them.
+        label_manager: Of plans and dataset.json.
+
+    Raises:
+        UserError: Naming the first case with others.
+    """
+    known = {-1, 0, *label_manager.all_labels}
+    for case, noted in properties:
+        # By label, by region, and for data with an ignore label by all annotated ones together, -1 among them.
+        places = noted.get("class_locations", {})
+        sampled = {key if isinstance(key, tuple) else (key,): len(found) for key, found in places.items()}
+        unknown = {int(label) for key, found in sampled.items() if found for label in key} - known
+        if unknown:
+            raise UserError(
+                f"{case} has voxels of label {', '.join(map(str, sorted(unknown)))}, which dataset.json does not list "
+                f"(it has {', '.join(map(str, sorted(known - {-1})))}). If dataset.json was changed, preprocess again."
+            )
+        if not label_manager.has_ignore_label and any(-1 in key for key in sampled):
+            raise UserError(
+                f"{case} was preprocessed with an ignore label, which dataset.json does not list. If dataset.json was "
+                f"changed, preprocess again."
+            )
 
 
 def _check_entries(table: Any, entries: dict[str, tuple[_Check, str]], source: str) -> None:

@@ -30,7 +30,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
-from nnunet_ssl.nnunet_files import check_configuration, check_dataset_json, using
+from nnunet_ssl.nnunet_files import check_configuration, check_dataset_json, check_labels_of_cases, using
 from nnunet_ssl.nnunet_names import replaced_in_trainer_module
 from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, step, weighted_sum
 from nnunet_ssl.precision import cpu_has_bfloat16
@@ -214,9 +214,12 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         return train, val
 
     def on_train_start(self) -> None:
-        """Check the unlabeled data before anything is loaded, then start as nnU-Net does."""
+        """Check the cases before anything is loaded, then start as nnU-Net does."""
         if not self.was_initialized:
             self.initialize()
+        train, val = self.do_split()
+        cases = self.dataset_class(self.preprocessed_dataset_folder, sorted({*train, *val}))
+        check_labels_of_cases(((c, cases.load_case(c)[3]) for c in cases.identifiers), self.label_manager)
         # All trainers alike: the first stage's segmentations tell of hidden labels, whoever learns from them.
         check_no_hidden_labels(self, hidden_cases(self.preprocessed_dataset_folder, self.fold))
         if self.uses_unlabeled:

@@ -1,23 +1,35 @@
-"""What the accuracy tables share: prepare small plans, train every variant on every fold, score, print.
+"""What the accuracy tables share: prepare plans and folds, train every variant, predict, compare, print.
 
-Finished runs are kept: a script resumes where it stopped.
+Finished trainings and predictions are kept: a script resumes where it stopped. Trainings run one after the other, or
+on several devices at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.precision import cpu_has_bfloat16
+from nnunet_ssl.splits import hide_labels
 
 _SMALL = "nnUNetPlansSmall"
+# Memory stays with the process, as on a GPU: returning it to the kernel after every step costs a fifth of the time.
+_KEEP_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TOP_PAD_": "200000000",
+}
 
 
 @dataclass(frozen=True)
@@ -30,47 +42,111 @@ class Variant:
     partner_network: bool = False
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True)
+class Split:
+    """One column of a table: one of nnU-Net's folds to report on, and a draw of the cases that keep their labels."""
+
+    base: int
+    draw: int
+
+    @property
+    def name(self) -> str:
+        """As the columns of the tables say it."""
+        return f"fold {self.base}" + (f", draw {self.draw}" if self.draw else "")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a command trains: plans by name, and the number of a fold in splits_final.json."""
+
+    variant: Variant
+    plans: str
+    fold: int
+
+
+def parse_arguments(
+    description: str, scales: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Any]
+) -> argparse.Namespace:
+    """The options of a table's script; a scale sets those that are not given.
+
+    Args:
+        description: For --help.
+        scales: Options by scale; every option that is None here must be in each.
+        rows: What --rows may name.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the raw data set, DatasetXXX_Name")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything the script makes")
-    parser.add_argument("--downscale", type=float, help="coarser voxels by this factor")
+    parser.add_argument(
+        "--scale", choices=scales, default="cpu",
+        help="smoke: does everything work (minutes); cpu: small networks on small images; gpu: nnU-Net's own plans",
+    )  # fmt: skip
+    parser.add_argument("--labeled", nargs="+", help="how many training cases keep their labels; all: every one")
+    parser.add_argument("--folds", type=int, nargs="+", help="nnU-Net's folds to report on")
+    parser.add_argument(
+        "--draws", type=int, nargs="+",
+        help="seeds by which labeled cases are drawn from a fold's training cases: one per entry of --folds",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the trainings; every split is trained with each")
+    parser.add_argument("--rows", nargs="+", choices=rows, help="what to train")
+    parser.add_argument("--downscale", type=float, help="coarser voxels by this factor; 1 for the plan's own")
     parser.add_argument("--patch-size", type=int, nargs="+", help="patch, in voxels")
     parser.add_argument("--batch-size", type=int, help="batch of the plans, labeled and unlabeled together")
-    parser.add_argument("--base-features", type=int, default=16)
-    parser.add_argument("--max-features", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--iterations", type=int, default=50, help="steps per epoch")
+    parser.add_argument("--base-features", type=int)
+    parser.add_argument("--max-features", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--iterations", type=int, help="steps per epoch")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="further hyper-parameters")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--devices", nargs="+", default=["cpu"],
+        help="one training at a time on each: cpu cpu shares the cores between two, cuda:0 cuda:1 takes two GPUs",
+    )  # fmt: skip
+    parser.add_argument("--test-images", type=Path, metavar="DIR", help="images of test cases, to report on them too")
+    parser.add_argument("--test-labels", type=Path, metavar="DIR", help="their label maps")
+    arguments = parser.parse_args()
+    for name, value in scales[arguments.scale].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if len(arguments.draws) != len(arguments.folds):
+        parser.error(f"--folds has {len(arguments.folds)} entries and --draws {len(arguments.draws)}; give as many.")
+    if (arguments.test_images is None) != (arguments.test_labels is None):
+        parser.error("--test-images and --test-labels go together.")
+    return arguments
 
 
 class Experiment:
-    """A data set in a folder of its own, with small plans, and the runs on it.
+    """A data set in a folder of its own, with plans of the asked size, and the trainings on it.
 
     Args:
-        arguments: With what ``add_common_arguments`` declares.
+        arguments: As ``parse_arguments`` returns them.
         configuration: nnU-Net's, "2d" or "3d_fullres".
-        labeled: The sizes of labeled sets for which folds are made, all at once: larger sets then contain the smaller
-            ones, and fold numbers do not depend on what is asked for first.
+        settings: Hyper-parameters of all trainings.
     """
 
-    def __init__(self, arguments: argparse.Namespace, configuration: str, labeled: Sequence[int]) -> None:
+    def __init__(self, arguments: argparse.Namespace, configuration: str, settings: Sequence[str] = ()) -> None:
         self.arguments, self.configuration = arguments, configuration
         self.out = arguments.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         self.commands = Commands(self.out)
         self.dataset = arguments.data.resolve().name
         self.preprocessed = self.out / "nnUNet_preprocessed" / self.dataset
-        self._prepare(labeled)
-        self.splits: list[dict] = load_json(str(self.preprocessed / "splits_final.json"))
-        labels = load_json(str(arguments.data / "dataset.json"))["labels"]
-        self.structures = {name: value for name, value in labels.items() if value != 0}
+        self.results = self.out / "nnUNet_results" / self.dataset
+        self.splits = [Split(*pair) for pair in zip(arguments.folds, arguments.draws)]
+        budget = [f"num_epochs={arguments.epochs}", f"num_iterations_per_epoch={arguments.iterations}"]
+        if arguments.devices[0] == "cpu":
+            budget += ["num_val_iterations_per_epoch=1", f"cpu_bfloat16={str(cpu_has_bfloat16()).lower()}"]
+        self.settings = [*budget, *settings, *arguments.settings]
+        self._prepare()
 
-    def _prepare(self, labeled: Sequence[int]) -> None:
-        raw = self.out / "nnUNet_raw"
-        raw.mkdir(exist_ok=True)
-        if not (raw / self.dataset).exists():
-            os.symlink(self.arguments.data.resolve(), raw / self.dataset, target_is_directory=True)
+    def _prepare(self) -> None:
+        raw = self.out / "nnUNet_raw" / self.dataset
+        raw.mkdir(parents=True, exist_ok=True)
+        parts = {part.name: part for part in self.arguments.data.resolve().iterdir()}
+        if self.arguments.test_images is not None:
+            parts["imagesTs"] = self.arguments.test_images.resolve()
+        for name, target in parts.items():
+            if not (raw / name).exists():
+                os.symlink(target, raw / name, target_is_directory=target.is_dir())
         number = str(int(self.dataset[7:10]))
         if not (self.preprocessed / "nnUNetPlans.json").exists():
             self.commands.run("nnUNetv2_extract_fingerprint", "-d", number, "-np", "2")
@@ -86,57 +162,175 @@ class Experiment:
             self.commands.run("nnunet-ssl", "configure", *target, *options)
             plans = ("-c", self.configuration, "-plans_name", _SMALL, "-np", "2")
             self.commands.run("nnUNetv2_preprocess", "-d", number, *plans)
-        if not (self.preprocessed / "splits_final.json").exists():
-            self.commands.run("nnunet-ssl", "split", "-d", self.dataset, "--labeled", *map(str, labeled))
+        if self.arguments.test_images is not None:
+            plans = ("-c", self.configuration, "-p", _SMALL, "-np", "2")
+            self.commands.run("nnunet-ssl", "preprocess", "-d", self.dataset, "--test-images", *plans)
 
-    def fold(self, base: int, labeled: int) -> int:
-        """The fold that hides labels of one of nnU-Net's own folds."""
-        for number, split in enumerate(self.splits):
-            if "unlabeled" in split and len(split["train"]) == labeled and split["val"] == self.splits[base]["val"]:
-                return number
-        raise SystemExit(
-            f"splits_final.json has no fold with {labeled} labels from fold {base}; remove the file to redo it."
-        )
+    def fold(self, split: Split, labeled: str) -> int:
+        """The number of the fold in splits_final.json that keeps so many labels; made where it is missing."""
+        if labeled == "all":
+            return split.base
+        file = self.preprocessed / "splits_final.json"
+        for attempt in ("find", "make and find"):
+            if attempt != "find":
+                draw = ("--folds", str(split.base), "--labeled", labeled, "--seed", str(split.draw))
+                self.commands.run("nnunet-ssl", "split", "-d", self.dataset, *draw)
+            folds = load_json(str(file)) if file.exists() else []
+            if len(folds) > split.base:
+                own = [fold for fold in folds if "unlabeled" not in fold]
+                (wanted,) = hide_labels(own, [split.base], [int(labeled)], split.draw)
+                if wanted.split in folds:
+                    return folds.index(wanted.split)
+        raise SystemExit(f"{file} has no fold with {labeled} labels from {split.name}; remove it to start anew.")
 
-    def run(self, variant: Variant, plans: str, settings: Sequence[str], fold: int) -> Path:
-        """Train a variant on a fold under a plans name, unless that is done; returns its validation folder.
+    def configure(self, variant: Variant, plans: str, settings: Sequence[str] = ()) -> None:
+        """Write the plans of a variant's trainings.
 
         Raises:
-            SystemExit: Where a finished run had other settings than those asked for.
+            SystemExit: Where a training under that name had other settings.
         """
-        budget = [f"num_epochs={self.arguments.epochs}", f"num_iterations_per_epoch={self.arguments.iterations}"]
-        precision = f"cpu_bfloat16={str(cpu_has_bfloat16()).lower()}"
-        common = [*budget, "num_val_iterations_per_epoch=1", precision]
-        chosen = [*common, *self.arguments.settings, *settings, *variant.settings]
+        chosen = [*self.settings, *settings, *variant.settings]
         pairs = [word for setting in chosen for word in ("--set", setting)]
         network = ["-c", self.configuration, "--partner-network"] if variant.partner_network else []
         source = ("-d", self.dataset, "-p", _SMALL, "-o", plans, "--overwrite")
         self.commands.run("nnunet-ssl", "configure", *source, *network, *pairs)
-        trainer = f"nnUNetTrainer{variant.trainer}"
-        folder = self.out / "nnUNet_results" / self.dataset / f"{trainer}__{plans}__{self.configuration}"
-        validation = folder / f"fold_{fold}" / "validation"
-        if not (validation / "summary.json").exists():
-            options = ("-p", plans, "-tr", trainer, "-device", self.arguments.device)
-            words = (self.dataset, self.configuration, str(fold), *options)
-            self.commands.run("nnUNetv2_train", *words, epochs=self.arguments.epochs)
-        elif load_json(str(folder / "plans.json")) != load_json(str(self.preprocessed / f"{plans}.json")):
-            raise SystemExit(f"{folder} was trained with other settings than those asked for; use another --out.")
-        return validation
+        used = self.model(Training(variant, plans, 0)) / "plans.json"
+        if used.exists() and load_json(str(used)) != load_json(str(self.preprocessed / f"{plans}.json")):
+            raise SystemExit(f"{used.parent} was trained with other settings than those asked for; use another --out.")
 
-    def overlap(self, validation: Path, metric: str) -> np.ndarray:
-        """nnU-Net's own mean over cases per structure, in percent."""
-        means = load_json(str(validation / "summary.json"))["mean"]
-        return np.array([100 * means[str(label)][metric] for label in self.structures.values()])
+    def model(self, training: Training) -> Path:
+        """nnU-Net's folder of a model, over all its folds."""
+        return self.results / f"nnUNetTrainer{training.variant.trainer}__{training.plans}__{self.configuration}"
+
+    def run(self, trainings: Iterable[Training]) -> None:
+        """Do what is left of the trainings and of the predictions of test cases, on every device one at a time."""
+        waiting: queue.Queue[Training] = queue.Queue()
+        for training in trainings:
+            waiting.put(training)
+        failures: list[BaseException] = []
+
+        def work(device: str, commands: Commands) -> None:
+            while not failures:
+                try:
+                    training = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    self._run(training, device, commands)
+                except BaseException as error:
+                    failures.append(error)
+
+        devices = self.arguments.devices
+        threads = [
+            threading.Thread(target=work, args=(device, self._commands_on(device, place)))
+            for place, device in enumerate(devices)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def _commands_on(self, device: str, place: int) -> Commands:
+        if device != "cpu":
+            number = device.partition(":")[2] or "0"
+            return Commands(self.out, {"CUDA_VISIBLE_DEVICES": number}, quiet=len(self.arguments.devices) > 1)
+        sharing = self.arguments.devices.count("cpu")
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        own = [core for core in cores if core % sharing == place % sharing] or list(cores)
+        environment = {"OMP_NUM_THREADS": str(len(own)), "OMP_WAIT_POLICY": "PASSIVE", **_KEEP_MEMORY}
+        return Commands(self.out, environment, cores=own if sharing > 1 else None, quiet=sharing > 1)
+
+    def _run(self, training: Training, device: str, commands: Commands) -> None:
+        folder = self.model(training) / f"fold_{training.fold}"
+        trainer, words = f"nnUNetTrainer{training.variant.trainer}", ("-p", training.plans, "-tr")
+        kind = device.partition(":")[0]
+        if not (folder / "validation" / "summary.json").exists():
+            # What was interrupted goes on from its last checkpoint.
+            go_on = ["--c"] if (folder / "checkpoint_latest.pth").exists() else []
+            target = (self.dataset, self.configuration, str(training.fold), *words, trainer, "-device", kind, *go_on)
+            commands.run("nnUNetv2_train", *target, epochs=self.arguments.epochs)
+        output = self._test_predictions(training)
+        if self.arguments.test_images is not None and not (output / "predict_from_raw_data_args.json").exists():
+            source = ("-i", str(self.arguments.test_images), "-o", str(output), "-f", str(training.fold))
+            target = ("-d", self.dataset, "-c", self.configuration, *words, trainer, "-device", kind)
+            commands.run("nnUNetv2_predict", *source, *target, "-npp", "1", "-nps", "1")
+
+    def _test_predictions(self, training: Training) -> Path:
+        return self.out / "test_predictions" / self.model(training).name / f"fold_{training.fold}"
+
+    def compare(self, name: str, trainings: Mapping[str, Sequence[Training]]) -> None:
+        """Write reports, and print tables of Dice, IoU and HD95: of validation cases, and of test cases.
+
+        Args:
+            name: Of the report's folder, and the title.
+            trainings: By row, one per split.
+        """
+        first = next(iter(trainings.values()))
+        values: dict[str, dict[str, list[np.ndarray]]] = {}
+        # Splits that hold out the same cases go to reports of their own.
+        for draw in sorted({split.draw for split in self.splits}):
+            chosen = [i for i, split in enumerate(self.splits) if split.draw == draw]
+            rows = {row: [of_row[i] for i in chosen] for row, of_row in trainings.items()}
+            report = self.out / "reports" / name.replace(" ", "_").replace(",", "") / f"draw_{draw}"
+            target = ("-d", self.dataset, "-c", self.configuration, "-f", *(str(first[i].fold) for i in chosen))
+            names = [f"nnUNetTrainer{of_row[0].variant.trainer}" for of_row in rows.values()]
+            plans = [of_row[0].plans for of_row in rows.values()]
+            self.commands.run(
+                "nnunet-ssl", "compare", *target, "-tr", *names, "-p", *plans, "-o", str(report), "-np", "2"
+            )
+            _collect(report / "comparison.csv", rows, [str(first[i].fold) for i in chosen], values)
+        _print_tables(f"{name}, validation cases", values, [split.name for split in self.splits])
+        if self.arguments.test_images is None:
+            return
+        values = {}
+        for i, split in enumerate(self.splits):
+            report = self.out / "reports" / name.replace(" ", "_").replace(",", "") / f"test_{split.base}_{split.draw}"
+            folders = [f"{row}={self._test_predictions(of_row[i])}" for row, of_row in trainings.items()]
+            words = ("--labels", str(self.arguments.test_labels), "--images", str(self.arguments.test_images))
+            self.commands.run("nnunet-ssl", "compare", "--predictions", *folders, *words, "-o", str(report), "-np", "2")
+            _collect(report / "comparison.csv", {row: [of_row[i]] for row, of_row in trainings.items()}, [""], values)
+        _print_tables(f"{name}, test cases", values, [split.name for split in self.splits])
 
 
-def print_table(title: str, rows: dict[str, list[np.ndarray]], runs: Sequence[str], structures: Sequence[str]) -> None:
-    """Mean and standard deviation over runs, each run, and each structure over all runs; values (structures,)."""
-    print(f"\n{title}\n")
-    print(f"| | mean ± sd | {' | '.join(runs)} | {' | '.join(structures)} |")
-    print("|---" * (2 + len(runs) + len(structures)) + "|")
-    for name, values in rows.items():
-        table = np.stack(values)
-        per_run, per_structure = table.mean(1), table.mean(0)
-        spread = per_run.std(ddof=1) if len(per_run) > 1 else 0.0
-        cells = [f"{per_run.mean():.1f} ± {spread:.1f}", *(f"{v:.1f}" for v in (*per_run, *per_structure))]
-        print(f"| {name} | {' | '.join(cells)} |")
+# What is printed, in percent or in the unit of distances that comparison.csv names.
+_METRICS = ("IoU", "Dice", "HD95")
+
+
+def _collect(
+    file: Path, rows: Sequence[str] | Mapping[str, Any], folds: Sequence[str], values: dict[str, dict[str, list]]
+) -> None:
+    """Add to ``values``, by metric and row, the means over cases (structures,) of every fold of a comparison."""
+    with open(file, newline="") as text:
+        records = list(csv.DictReader(text))
+    written = list(dict.fromkeys(record["trainer"] for record in records))
+    structures = list(dict.fromkeys(record["structure"] for record in records))
+    for metric in _METRICS:
+        column = next(c for c in records[0] if c.partition("_")[0] == metric)
+        factor, unit = (100.0, "in percent") if column == metric else (1.0, f"in {column.partition('_')[2]}")
+        by_row = values.setdefault(f"{metric} {unit}", {"": [np.array(structures)]})
+        for row, trainer in zip(rows, written):
+            for fold in folds:
+                found = {s: [] for s in structures}
+                for record in records:
+                    if record["trainer"] == trainer and record["fold"] == fold and record[column]:
+                        found[record["structure"]].append(float(record[column]))
+                means = [factor * np.mean(of_one) if of_one else np.nan for of_one in found.values()]
+                by_row.setdefault(row, []).append(np.array(means))
+
+
+def _print_tables(title: str, values: Mapping[str, Mapping[str, list]], runs: Sequence[str]) -> None:
+    """Mean and standard deviation over splits, each split, and each structure over all splits."""
+    for metric, by_row in values.items():
+        structures = list(by_row[""][0])
+        print(f"\n{title}, {metric}\n")
+        print(f"| | mean ± sd | {' | '.join(runs)} | {' | '.join(structures)} |")
+        print("|---" * (2 + len(runs) + len(structures)) + "|")
+        for row, per_split in by_row.items():
+            if row:
+                table = np.stack(per_split)
+                per_run, per_structure = np.nanmean(table, 1), np.nanmean(table, 0)
+                spread = per_run.std(ddof=1) if len(per_run) > 1 else 0.0
+                cells = [f"{per_run.mean():.1f} ± {spread:.1f}", *(f"{v:.1f}" for v in (*per_run, *per_structure))]
+                print(f"| {row} | {' | '.join(cells)} |", flush=True)

@@ -53,7 +53,7 @@ def finished(work: Callable[[], None], output: Path, seconds: float = 120.0) -> 
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             text = output.read_text(errors="replace")
-            assert status == 0, text[-3000:]
+            assert status == 0, re.sub(r"x{9,}", "x..x", text)[-3000:]
             return text
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)

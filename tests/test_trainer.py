@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_regions_and_ignore_label(tmp_path, trainer_class, scenario, supervised_
     tiny.dataset_json = make_dataset_json(labels, regions_order=order)
     everywhere = np.argwhere(np.ones((1, *tiny.shape)))
     for case in (*tiny.labeled, *tiny.validation):
-        locations = {1: everywhere, (-1, 0, 1, 2): everywhere}
+        locations = {1: everywhere} | ({(-1, 0, 1, 2): everywhere} if "ignore" in scenario else {})
         save_pickle({"class_locations": locations}, str(tiny.folder / f"{case}.pkl"))
     trainer = tiny.trainer(trainer_class, supervised_fraction=0.0, num_epochs=1, supervised_loss=supervised_loss)
     trainer.run_training()
@@ -212,6 +213,27 @@ def test_regions_and_ignore_label(tmp_path, trainer_class, scenario, supervised_
     assert trainer.label_manager.has_ignore_label == ("ignore" in scenario)
     for name in trainer.term_names:
         assert np.isfinite(trainer.logger.get_value(TermLogger.key(name), step=-1))
+
+
+@pytest.mark.parametrize(("labels", "order", "message"), [
+    ({"background": 0, "a": 1}, None, "lab_0 has voxels of label 2, which dataset.json does not list (it has 0, 1)"),
+    ({"background": 0, "a": [1], "b": [1, 3]}, [1, 3], "lab_0 has voxels of label 2"),
+])  # fmt: skip
+def test_cases_with_labels_that_dataset_json_does_not_list(tiny, labels, order, message):
+    """nnU-Net's loss would end with an index error, on a GPU with an assertion of the device."""
+    tiny.dataset_json = make_dataset_json(labels, regions_order=order)
+    trainer = tiny.trainer(TRAINERS[0])
+    with pytest.raises(UserError, match=re.escape(message)):
+        trainer.run_training()
+    assert not list(Path(trainer.output_folder).glob("checkpoint*"))
+
+
+def test_cases_with_an_ignore_label_that_dataset_json_does_not_list(tiny):
+    everywhere = np.argwhere(np.ones((1, *tiny.shape)))
+    locations = {1: everywhere, 2: everywhere, (-1, 0, 1, 2): everywhere}
+    save_pickle({"class_locations": locations}, str(tiny.folder / "val_1.pkl"))
+    with pytest.raises(UserError, match="val_1 was preprocessed with an ignore label"):
+        tiny.trainer(TRAINERS[0]).run_training()
 
 
 def test_the_strength_of_the_transforms_is_said(tiny):

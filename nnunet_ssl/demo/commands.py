@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
@@ -22,11 +24,24 @@ class Commands:
 
     Args:
         folder: Holds nnU-Net's three folders and the logs.
+        environment: Further variables.
+        cores: Which cores of the CPU the commands may use, where the system lets choose.
+        quiet: Do not show how far a training is, e.g. where several run at once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    _naming = threading.Lock()
+
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        cores: Sequence[int] | None = None,
+        quiet: bool = False,
+    ) -> None:
         self.logs = folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
+        self.cores = cores if hasattr(os, "sched_setaffinity") else None
+        self.quiet = quiet
         self.environment = {
             **os.environ,
             "nnUNet_raw": str(folder / "nnUNet_raw"),
@@ -38,6 +53,7 @@ class Commands:
         # A worker more than cores only gets in the way.
         self.environment.setdefault("nnUNet_n_proc_DA", str(max(1, min(4, (os.cpu_count() or 2) // 2))))
         self.environment.setdefault("nnUNet_def_n_proc", str(min(4, os.cpu_count() or 2)))
+        self.environment.update(environment or {})
 
     def run(self, *words: str, epochs: int = 0) -> None:
         """Run one command and show how long it took; with ``epochs``, how far a training is.
@@ -46,7 +62,9 @@ class Commands:
             UserError: If the command fails, with the end of its output.
         """
         print("$ " + " ".join(words), flush=True)
-        log = self.logs / f"{len(list(self.logs.iterdir())):02d}_{words[0]}.txt"
+        with self._naming:
+            log = self.logs / f"{len(list(self.logs.iterdir())):02d}_{words[0]}.txt"
+            log.touch()
         # The commands of the environment this runs in, whether it is activated or not.
         beside = Path(sys.executable).with_name(words[0])
         script = beside if beside.exists() else shutil.which(words[0])
@@ -65,17 +83,19 @@ class Commands:
                 errors="replace",
             ) as process,
         ):
+            if self.cores is not None:
+                os.sched_setaffinity(process.pid, self.cores)
             for line in process.stdout or ():
                 file.write(line)
                 tail.append(line)
                 match = _EPOCH.search(line)
-                if epochs and match:
+                if epochs and match and not self.quiet:
                     _show(f"    epoch {int(match[1]) + 1} of {epochs}, {time.monotonic() - start:.0f} s")
         if process.returncode != 0:
             raise UserError(
                 f"{words[0]} failed (status {process.returncode}); its output is in {log}:\n{''.join(tail)}"
             )
-        _show(f"    {time.monotonic() - start:.0f} s\n")
+        _show(f"    {'' if not self.quiet else words[0] + ': '}{time.monotonic() - start:.0f} s\n")
 
 
 def _show(text: str) -> None:

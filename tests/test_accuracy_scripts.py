@@ -1,0 +1,99 @@
+"""The scripts of the accuracy tables, from raw data to tables and report pages, on data made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from nnunet_ssl.demo.synthetic import draw_case
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+LABELS = {"background": 0, "right lung": 1, "left lung": 2, "heart": 3}
+NUM_CASES = 10
+
+
+def write_dataset(folder: Path, dims: int) -> None:
+    """A raw data set of synthetic chests, in 2D or as stacks of slices, and two test cases."""
+    ending = ".png" if dims == 2 else ".nii.gz"
+    for part in ("imagesTr", "labelsTr", "imagesTest", "labelsTest"):
+        (folder / part).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(NUM_CASES + 2):
+        part, case = ("Tr", f"case{i}") if i < NUM_CASES else ("Test", f"test{i}")
+        image, label = draw_case(rng, 256 if dims == 2 else 64)
+        label = np.where(label > 3, 0, label)
+        if dims == 3:
+            image = np.stack([image] * 16) + rng.normal(0, 5, (16, *image.shape))
+            label = np.stack([label] * 16)
+        pixels = np.clip(image, 0, 255).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(pixels), str(folder / f"images{part}" / f"{case}_0000{ending}"))
+        labels = sitk.GetImageFromArray(label.astype(np.uint8))
+        sitk.WriteImage(labels, str(folder / f"labels{part}" / f"{case}{ending}"))
+    content = {"channel_names": {"0": "x-ray"}, "labels": LABELS, "numTraining": NUM_CASES, "file_ending": ending}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def run(script: str, *words: str) -> str:
+    environment = os.environ | {"nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *words], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("script", "dims", "rows"), [
+    ("jsrt_table.py", 2, ["Supervised", "SemiTC"]),
+    ("left_atrium_table.py", 3, ["Supervised", "DualNet", "FDPL"]),
+])  # fmt: skip
+def test_smoke(tmp_path, script, dims, rows):
+    data = tmp_path / "Dataset951_Chests"
+    write_dataset(data, dims)
+    test = ("--test-images", str(data / "imagesTest"), "--test-labels", str(data / "labelsTest")) if dims == 2 else ()
+    words = ("--data", str(data), "--out", str(tmp_path / "out"), "--scale", "smoke", "--devices", "cpu", "cpu", *test)
+    printed = run(script, *words)
+    for metric in ("IoU in percent", "Dice in percent", "HD95 in " + ("px" if dims == 2 else "mm")):
+        (table,) = re.findall(rf"validation cases, {metric}\n\n((?:\|.*\n)+)", printed)
+        assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == rows
+        assert all(name in table.splitlines()[0] for name in list(LABELS)[1:])
+    if test:
+        assert "2 labeled, test cases, Dice in percent" in printed
+    reports = list((tmp_path / "out" / "reports").rglob("report.html"))
+    assert len(reports) == (2 if test else 1)
+
+    # The mean over cases that nnU-Net itself has written.
+    (summary,) = (tmp_path / "out").rglob("nnUNetTrainerSupervised__*/fold_*/validation/summary.json")
+    means = json.loads(summary.read_text())["mean"]
+    expected = 100 * np.mean([means[str(v)]["Dice"] for name, v in LABELS.items() if v])
+    (row,) = re.findall(r"validation cases, Dice in percent\n(?:.*\n){3}\| Supervised \| ([\d.]+)", printed)
+    assert float(row) == pytest.approx(expected, abs=0.051)
+
+    trained = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("checkpoint_final.pth")}
+    assert len(trained) == len(rows)
+    for log in (tmp_path / "out").rglob("training_log*.txt"):
+        assert "skipped" not in log.read_text()
+    again = run(script, *words)
+    assert "nnUNetv2_train" not in again
+    assert again[again.index("\n2 labeled, validation") :].count("|") > 20
+    assert trained == {p: p.stat().st_mtime_ns for p in trained}
+
+
+def test_other_settings_are_refused(tmp_path):
+    data = tmp_path / "Dataset951_Chests"
+    write_dataset(data, 2)
+    for words, message in ((("--folds", "0", "1"), "--draws 1"), (("--test-images", "x"), "go together")):
+        done = subprocess.run(
+            [sys.executable, str(SCRIPTS / "jsrt_table.py"), "--data", str(data), "--out", str(tmp_path / "out"),
+             "--scale", "smoke", *words], capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert not (tmp_path / "out").exists()
