@@ -36,7 +36,7 @@ PAPER = {
 }
 SCALES = {
     "smoke": {"labeled": ["2"], "folds": [0], "draws": [0], "seeds": [1], "rows": ["Supervised", "DualNet", "FDPL"]}
-    | {"downscale": 4.0, "patch_size": [8, 16, 16], "batch_size": 2, "base_features": 4, "max_features": 8}
+    | {"downscale": 2.0, "patch_size": [16, 32, 32], "batch_size": 2, "base_features": 4, "max_features": 8}
     | {"epochs": 2, "iterations": 2},
     "cpu": PAPER | {"downscale": 2.0, "patch_size": [16, 24, 32], "batch_size": 4, "base_features": 8}
     | {"max_features": 64, "epochs": 20, "iterations": 100},
