@@ -18,6 +18,7 @@ RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet
 _RESIDUAL_BLOCKS = (1, 3, 4, 6)
 
 # InstanceNorm needs more than one voxel per channel; nnU-Net plans no bottleneck smaller than this either.
+_FEWEST_STAGES = 3
 SMALLEST_BOTTLENECK = 4
 
 
@@ -139,8 +140,12 @@ def _drop_stages(network: dict[str, Any], patch_size: Sequence[int]) -> None:
         if any(side < SMALLEST_BOTTLENECK and s > 1 for side, s in zip(sides, stride)):
             break
         keep += 1
-    if keep < 2:
-        raise UserError(f"A patch of {list(patch_size)} voxels is too small for a U-Net; use a larger one.")
+    # nnU-Net gives the lowest output no weight in its loss: of a network with two stages, that is the only one.
+    if keep < _FEWEST_STAGES:
+        raise UserError(
+            f"A patch of {list(patch_size)} voxels leaves {keep} stages; nnU-Net's loss needs at least "
+            f"{_FEWEST_STAGES}. Use a larger one."
+        )
     network["n_stages"] = keep
     for name in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage"):
         if isinstance(network.get(name), list):

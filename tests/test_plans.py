@@ -77,7 +77,8 @@ def test_same_voxels_keep_the_preprocessed_folder():
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"base_features": -4}, "base features must be at least 1"),
         ({"patch_size": [64]}, "has 2 sides"),
-        ({"patch_size": [4, 4]}, "too small for a U-Net"),
+        ({"patch_size": [4, 4]}, "leaves 1 stages"),
+        ({"patch_size": [8, 8]}, "leaves 2 stages; nnU-Net's loss needs at least 3"),
     ],
 )
 def test_errors(options, message):
