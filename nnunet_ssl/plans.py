@@ -18,8 +18,8 @@ RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet
 _RESIDUAL_BLOCKS = (1, 3, 4, 6)
 
 # InstanceNorm needs more than one voxel per channel; nnU-Net plans no bottleneck smaller than this either.
-_FEWEST_STAGES = 3
 SMALLEST_BOTTLENECK = 4
+_FEWEST_STAGES = 3
 
 
 def with_hyperparameters(plans: Mapping[str, Any], name: str, values: Mapping[str, Any]) -> dict[str, Any]:
