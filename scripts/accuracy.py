@@ -222,7 +222,7 @@ class Experiment:
 
         devices = self.arguments.devices
         threads = [
-            threading.Thread(target=work, args=(device, self._commands_on(device, place)))
+            threading.Thread(target=work, args=(device, self._commands_on(device, devices[:place].count(device))))
             for place, device in enumerate(devices)
         ]
         for thread in threads:
@@ -238,7 +238,7 @@ class Experiment:
             return Commands(self.out, {"CUDA_VISIBLE_DEVICES": number}, quiet=len(self.arguments.devices) > 1)
         sharing = self.arguments.devices.count("cpu")
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        own = [core for core in cores if core % sharing == place % sharing] or list(cores)
+        own = list(cores)[place::sharing] or list(cores)
         environment = {"OMP_NUM_THREADS": str(len(own)), "OMP_WAIT_POLICY": "PASSIVE", **_KEEP_MEMORY}
         return Commands(self.out, environment, cores=own if sharing > 1 else None, quiet=sharing > 1)
 
@@ -247,8 +247,9 @@ class Experiment:
         trainer, words = f"nnUNetTrainer{training.variant.trainer}", ("-p", training.plans, "-tr")
         kind = device.partition(":")[0]
         if not (folder / "validation" / "summary.json").exists():
-            # What was interrupted goes on from its last checkpoint.
-            go_on = ["--c"] if (folder / "checkpoint_latest.pth").exists() else []
+            # What was interrupted goes on from its last checkpoint; after the last epoch that is the final one.
+            kept = [folder / f"checkpoint_{name}.pth" for name in ("final", "latest")]
+            go_on = ["--c"] if any(file.exists() for file in kept) else []
             target = (self.dataset, self.configuration, str(training.fold), *words, trainer, "-device", kind, *go_on)
             commands.run("nnUNetv2_train", *target, epochs=self.arguments.epochs)
         output = self._test_predictions(training)
@@ -268,12 +269,13 @@ class Experiment:
             trainings: By row, one per split.
         """
         first = next(iter(trainings.values()))
+        reports = self.out / "reports" / name.replace(" ", "_").replace(",", "")
         values: dict[str, dict[str, list[np.ndarray]]] = {}
         # Splits that hold out the same cases go to reports of their own.
         for draw in sorted({split.draw for split in self.splits}):
             chosen = [i for i, split in enumerate(self.splits) if split.draw == draw]
             rows = {row: [of_row[i] for i in chosen] for row, of_row in trainings.items()}
-            report = self.out / "reports" / name.replace(" ", "_").replace(",", "") / f"draw_{draw}"
+            report = reports / f"draw_{draw}"
             target = ("-d", self.dataset, "-c", self.configuration, "-f", *(str(first[i].fold) for i in chosen))
             names = [f"nnUNetTrainer{of_row[0].variant.trainer}" for of_row in rows.values()]
             plans = [of_row[0].plans for of_row in rows.values()]
@@ -286,11 +288,11 @@ class Experiment:
             return
         values = {}
         for i, split in enumerate(self.splits):
-            report = self.out / "reports" / name.replace(" ", "_").replace(",", "") / f"test_{split.base}_{split.draw}"
+            report = reports / f"test_{split.base}_{split.draw}"
             folders = [f"{row}={self._test_predictions(of_row[i])}" for row, of_row in trainings.items()]
             words = ("--labels", str(self.arguments.test_labels), "--images", str(self.arguments.test_images))
             self.commands.run("nnunet-ssl", "compare", "--predictions", *folders, *words, "-o", str(report), "-np", "2")
-            _collect(report / "comparison.csv", {row: [of_row[i]] for row, of_row in trainings.items()}, [""], values)
+            _collect(report / "comparison.csv", trainings, [""], values)
         _print_tables(f"{name}, test cases", values, [split.name for split in self.splits])
 
 
@@ -298,9 +300,7 @@ class Experiment:
 _METRICS = ("IoU", "Dice", "HD95")
 
 
-def _collect(
-    file: Path, rows: Sequence[str] | Mapping[str, Any], folds: Sequence[str], values: dict[str, dict[str, list]]
-) -> None:
+def _collect(file: Path, rows: Iterable[str], folds: Sequence[str], values: dict[str, dict[str, list]]) -> None:
     """Add to ``values``, by metric and row, the means over cases (structures,) of every fold of a comparison."""
     with open(file, newline="") as text:
         records = list(csv.DictReader(text))

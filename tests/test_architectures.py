@@ -102,10 +102,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").partition(".")[0]
-        masks = (
-            t for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8)
-        )
-        if name in self._HANDING_OVER or (name in ("index", "index_put_", "_index_put_impl_") and any(masks)):
+        dtypes = {t.dtype for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor)}
+        # What a mask selects has a size that the host must know.
+        if name in self._HANDING_OVER or (name.startswith("index") and torch.bool in dtypes):
             self.operations.append(name)
         return func(*args, **(kwargs or {}))
 
