@@ -257,7 +257,8 @@ def _from_folder(
         return []
     check_same_preprocessing(folder, preprocessing)
     if raw is not None:
-        missing, removed = sorted(set(raw) - set(identifiers)), sorted(set(identifiers) - set(raw))
+        in_raw = set(raw)
+        missing, removed = sorted(in_raw - set(identifiers)), sorted(set(identifiers) - in_raw)
         if missing:
             notes.append(
                 f"WARNING: {len(missing)} of {len(raw)} images of {raw_name} are not preprocessed and not used, e.g. "
@@ -265,7 +266,7 @@ def _from_folder(
             )
         if removed:
             notes.append(f"{len(removed)} images in {folder} are no longer in {raw_name} and not used.")
-        identifiers = [i for i in identifiers if i in set(raw)]
+        identifiers = [i for i in identifiers if i in in_raw]
     return [UnlabeledCase(i, folder, raw_name) for i in identifiers]
 
 

@@ -1,0 +1,30 @@
+"""Whether every part of the benchmark works, on its smallest cases; what it measures is no test."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark_step.py"
+PARTS = {
+    "steps": 4, "memory": 1, "waiting": 1, "usual": 5, "patch": 4, "classes": 4, "list": 2, "workers": 1, "monitor": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["0", "2"], ids=["2d", "anisotropic"])
+def test_every_part_prints_its_table(case):
+    words = ["--smoke", "--cases", case, "--trainers", "stock", "SemiTC", "DualNet", "FDPL", "--only", *PARTS]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "WARNING" not in done.stdout
+    found = re.split(r"^(\w+)$", done.stdout, flags=re.MULTILINE)
+    tables = {name: re.findall(r"^\| (?!-)", text, re.MULTILINE) for name, text in zip(found[1::2], found[2::2])}
+    assert {name: len(lines) - 1 for name, lines in tables.items()} == PARTS
