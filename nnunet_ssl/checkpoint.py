@@ -48,6 +48,7 @@ def write_checkpoint(trainer: SemiSupervisedTrainer, filename: str) -> None:
             "version": __version__,
             "hyperparameters": trainer.hp.as_dict(),
             "partner": partner_state(trainer),
+            "learned": trainer.learned.state(),
             "random_state": random_state(trainer.device, trainer.generator),
         },
     }

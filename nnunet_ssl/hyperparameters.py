@@ -106,6 +106,19 @@ class HyperParameters:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class SemiSupervisedParameters(HyperParameters):
+    """What every method understands that learns from more than labels."""
+
+    learned_dice: float = parameter(
+        0.5,
+        "unlabeled terms count in full once every structure has this running Dice on labeled batches, and in "
+        "proportion to the worst before; 0 for at once",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+
 def check_value(kind: type[HyperParameters], name: str, value: Any) -> Any:
     """Bring a JSON value to the declared type.
 

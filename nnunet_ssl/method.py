@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -11,9 +12,10 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from torch import Tensor, nn
 
 from nnunet_ssl.hyperparameters import HyperParameters
+from nnunet_ssl.learned import overlap_counts
 from nnunet_ssl.losses import downsample_target, label_map
 from nnunet_ssl.monitor import PSEUDO_LABELS
-from nnunet_ssl.networks import quiet_pass
+from nnunet_ssl.networks import full_resolution, quiet_pass
 from nnunet_ssl.optimization import LossTerm
 from nnunet_ssl.schedules import first_epoch_of_second_stage
 
@@ -45,6 +47,7 @@ class Method(ABC):
     num_iterations_per_epoch: int
     current_epoch: int
     statistics: dict[str, Tensor | float]
+    labeled_overlap: Tensor | None
     generator: torch.Generator
     _iterations_done_in_epoch: int
 
@@ -64,7 +67,8 @@ class Method(ABC):
 
         Returns:
             A term per name of ``term_names``; one that is not computed in this stage may be left out. What
-            ``statistic_names`` announces goes into ``self.statistics``, numbers or scalar tensors.
+            ``statistic_names`` announces goes into ``self.statistics``, numbers or scalar tensors. A method with
+            ``unlabeled_terms`` calls ``note_learned``; the weights of these terms are reduced by what comes of it.
         """
 
     def partner_plans(self) -> dict[str, Any] | None:
@@ -141,6 +145,17 @@ class Method(ABC):
         if self.device.type == "cpu" and self.hp.cpu_bfloat16:
             return torch.autocast("cpu", dtype=torch.bfloat16)
         return nullcontext()
+
+    def note_learned(self, outputs: Sequence[Any], target: Tensor) -> None:
+        """Tell how well the labeled batch is known: unlabeled terms count only as far as every structure is.
+
+        Args:
+            outputs: Of every network for the labeled batch, without those of other images.
+            target: As for ``supervised_loss``.
+        """
+        regions, ignore = self.label_manager.has_regions, self.label_manager.ignore_label
+        counts = [overlap_counts(full_resolution(o), target, regions, ignore) for o in outputs]
+        self.labeled_overlap = torch.stack(counts)
 
     def supervised_loss(self, outputs: Any, target: Tensor, loss: nn.Module | None = None) -> Tensor:
         """The trainer's loss of the network's outputs against a target at full resolution.

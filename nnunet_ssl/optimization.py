@@ -37,10 +37,14 @@ def weighted_sum(terms: Mapping[str, LossTerm]) -> Tensor:
 
 
 def on_host(values: Sequence[Tensor | float]) -> np.ndarray:
-    """Scalars as float32 (values,); those that are on a device come in one transfer."""
-    tensors = {i: value.detach().float() for i, value in enumerate(values) if isinstance(value, Tensor)}
-    numbers = np.array([0.0 if i in tensors else value for i, value in enumerate(values)], dtype=np.float32)
-    numbers[list(tensors)] = torch.stack(list(tensors.values())).cpu().numpy()
+    """Values in float32, one after the other, with all elements of each; what is on a device comes in one transfer."""
+    tensors = [value.detach().float().flatten() for value in values if isinstance(value, Tensor)]
+    transferred = torch.cat(tensors).cpu().numpy()
+    sizes = [value.numel() if isinstance(value, Tensor) else 1 for value in values]
+    is_tensor = np.repeat([isinstance(value, Tensor) for value in values], sizes)
+    numbers = np.empty(sum(sizes), dtype=np.float32)
+    numbers[is_tensor] = transferred
+    numbers[~is_tensor] = [value for value in values if not isinstance(value, Tensor)]
     return numbers
 
 

@@ -27,6 +27,7 @@ from nnunet_ssl.cascade import check_complete, check_no_hidden_labels, previous_
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_ranks
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.learned import LearnedStructures, in_order_of_channels
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
@@ -102,6 +103,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         )
         self.partner: nn.Module | None = None
         self.statistics: dict[str, Tensor | float] = {}
+        self.labeled_overlap: Tensor | None = None
         self.unlabeled_batch_size = 0
         self.dataloader_unlabeled: Iterator[dict[str, Any]] | None = None
         self.monitor: Monitor | None = None
@@ -130,6 +132,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             self.partner = build_partner(self, plans)
             # One optimizer, so that one learning rate and one gradient scaler serve both networks.
             self.optimizer.add_param_group({"params": list(self.partner.parameters())})
+        structures = in_order_of_channels(self.dataset_json["labels"], self.label_manager.has_regions)
+        self.learned = LearnedStructures(structures, len(self.networks), getattr(self.hp, "learned_dice", 0.0))
         self.generator = torch.Generator(device=self.device if self.device.type == "cuda" else "cpu")
         if self.hp.seed is None:
             self.generator.seed()
@@ -254,21 +258,36 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             unlabeled = self._to_device(next(self.dataloader_unlabeled))
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            terms = self.loss_terms(labeled, unlabeled)
+            terms = self._as_far_as_learned(self.loss_terms(labeled, unlabeled))
             total = weighted_sum(terms)
         norms = backward(total, self.networks, self.optimizer, self.grad_scaler)
         # One transfer for all values: a step waits for the device no more often than the stock trainer's.
-        numbers = on_host([*norms, mean_over_ranks(total.detach()), total, *self._values_to_log(terms)])
-        norms_here, (everywhere, loss), logged = np.split(numbers, [len(norms), len(norms) + 2])
+        overlap = [] if self.labeled_overlap is None else [self.labeled_overlap.flatten()]
+        shared = mean_over_ranks(torch.cat([total.detach().float().view(1), *overlap]))
+        values = self._values_to_log(terms)
+        numbers = on_host([*norms, total, *values, shared])
+        norms_here, (loss,), logged, (everywhere,), counts = np.split(
+            numbers, np.cumsum([len(norms), 1, len(values), 1])
+        )
         # Ranks agree on the steps they skip: they share these values.
         is_finite = bool(np.isfinite(everywhere)) and not gradient_is_broken(norms_here, self.grad_scaler)
         step(self.optimizer, self.grad_scaler, is_finite)
+        if is_finite and len(counts):
+            self.learned.note(counts.reshape(self.learned.counts.shape))
         by_name = dict(zip(self.logger.local_logger.step_names, logged.tolist()))
         keys = [*labeled["keys"], *(unlabeled["keys"] if unlabeled is not None else ())]
         self._guard.note(is_finite, {name: by_name[name] for name in terms}, keys)
         self.after_step()
         self._iterations_done_in_epoch += 1
         return {"loss": loss, "terms": logged, "finite": is_finite}
+
+    def _as_far_as_learned(self, terms: dict[str, LossTerm]) -> dict[str, LossTerm]:
+        """The terms, those that need more than labels with as much of their weight as the structures are learned."""
+        share = self.learned.share()
+        return {
+            name: LossTerm(term.value, term.weight * (share if name in self.unlabeled_terms else 1.0))
+            for name, term in terms.items()
+        }
 
     def _values_to_log(self, terms: dict[str, LossTerm]) -> list[Tensor | float]:
         """Values, weights and statistics in the order of the log; not a number for those that this step has not."""
@@ -300,7 +319,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             wanted = every > 0 and (epoch % every == 0 or epoch == self.num_epochs)
             stability = self.monitor.look(self, picture_file(self.output_folder, epoch) if wanted else None)
             self.logger.log(TermLogger.key(STABILITY), stability, self.current_epoch)
-        for line in self.logger.local_logger.lines():
+        waiting = [self.learned.describe()] if self.unlabeled_terms and self.in_second_stage else []
+        for line in [*self.logger.local_logger.lines(), *filter(None, waiting)]:
             self.print_to_log_file(line)
         super().on_epoch_end()
 
@@ -340,6 +360,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             self._weights_file = os.path.basename(filename_or_checkpoint)
         if self.partner is not None:
             bare(self.partner).load_state_dict(state["partner"]["weights"])
+        self.learned.restore(state)
         changed = {k: v for k, v in self.hp.as_dict().items() if state["hyperparameters"].get(k) != v}
         if changed:
             self.print_to_log_file(f"WARNING: the plans have changed since this checkpoint was written: {changed}")

@@ -6,7 +6,8 @@ Departures from the paper: nnU-Net's loss, optimizer and augmentation; a residua
 instead of a 3D ResNet beside a V-Net; any number of classes, and regions; a reliable voxel is one where both networks
 are sure; the paper names no weights but the contrastive one, here all are 1 but that, with a common ramp; the teacher
 sees unlabeled images before nnU-Net's changes of intensity, which the paper does not make (weak and strong views as in
-FixMatch, Sohn et al. 2020). On several devices, entropies are compared and prototypes made on each for itself.
+FixMatch, Sohn et al. 2020); all terms but the supervised wait until every structure is learned. On several devices,
+entropies are compared and prototypes made on each for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from nnunet_ssl.contrastive import contrastive_loss
 from nnunet_ssl.distributed import mean_over_ranks
-from nnunet_ssl.hyperparameters import HyperParameters, parameter
+from nnunet_ssl.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
 from nnunet_ssl.losses import (
     cosine_distance,
     entropy,
@@ -42,7 +43,7 @@ from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 
 @dataclasses.dataclass(frozen=True)
-class DualNetworkParameters(HyperParameters):
+class DualNetworkParameters(SemiSupervisedParameters):
     """Hyper-parameters of the dual networks."""
 
     supervised_fraction: float = parameter(
@@ -96,6 +97,7 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
             name: LossTerm(self.supervised_loss(output, labeled["target"]), 1.0)
             for name, output in zip(("supervised", "supervised_partner"), outputs)
         }
+        self.note_learned(outputs, labeled["target"])
         weights = {name: getattr(self.hp, f"{name}_weight") for name in self.unlabeled_terms}
         if unlabeled is None or not any(weights.values()):
             return terms

@@ -9,6 +9,7 @@ larger than the patch, and show zeros where they leave the image; a single unlab
 labeled one, whose labels then count inside the box. The summary at hand names neither weight, ramp nor shift: weights
 of 0.2 with a Gaussian ramp (tuned, docs/results.md), an eighth of the side. The networks label images before nnU-Net's
 changes of intensity, which the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020).
+Pseudo-labels count once every structure is learned.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunet_ssl.hyperparameters import HyperParameters, parameter
+from nnunet_ssl.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
 from nnunet_ssl.losses import hard_labels, label_map
 from nnunet_ssl.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
 from nnunet_ssl.monitor import IMAGE, PSEUDO_LABELS
@@ -34,7 +35,7 @@ _SMALLEST_WEIGHT = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedDynamicParameters(HyperParameters):
+class FixedDynamicParameters(SemiSupervisedParameters):
     """Hyper-parameters of co-training with fixed and dynamic pseudo-labels."""
 
     supervised_fraction: float = parameter(
@@ -112,7 +113,9 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         """Both networks learn from labels, and each from the other's pseudo-labels."""
         data, target = labeled["data"], labeled["target"]
         if unlabeled is None or not (self.hp.fixed_weight or self.hp.dynamic_weight):
-            return self._supervised_terms([network(data) for network in self.networks], target)
+            outputs = [network(data) for network in self.networks]
+            self.note_learned(outputs, target)
+            return self._supervised_terms(outputs, target)
 
         margin = self.unlabeled_margin
         shift = draw_shift(margin, self.generator)
@@ -129,6 +132,7 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         # autocast would keep the copies of weights that the latter make, and these lead to no gradient.
         passes = [network(torch.cat([data, images])) for network, images in zip(self.networks, (center, mixed))]
         on_labels, on_images = zip(*(split_outputs(outputs, len(data)) for outputs in passes))
+        self.note_learned(on_labels, target)
         # A network that has seen the very crop to label already needs no further pass of it.
         known = [None if self.wants_weak_view else outputs for outputs in on_images]
         if boxes is not None:

@@ -6,7 +6,8 @@ consistency under transformations", MICCAI 2019.
 Departures from the paper: nnU-Net's loss, optimizer and augmentation instead of soft IoU, Adadelta and none (the
 paper's loss is an option); linear instead of nearest interpolation of predictions (an option too); the field is
 declared relative to the patch and made so that it cannot fold; voxels whose counterpart lies outside the patch do not
-count; both stages of the paper's schedule run in one training.
+count; both stages of the paper's schedule run in one training; the consistency term waits until every structure is
+learned.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
-from nnunet_ssl.hyperparameters import HyperParameters, parameter
+from nnunet_ssl.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
 from nnunet_ssl.losses import SoftIoULoss, label_map, probabilities, soft_iou_loss
 from nnunet_ssl.monitor import IMAGE, PSEUDO_LABELS
 from nnunet_ssl.networks import full_resolution, quiet_pass, split_outputs
@@ -40,7 +41,7 @@ _NUM_FIELDS_SAID = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformationConsistencyParameters(HyperParameters):
+class TransformationConsistencyParameters(SemiSupervisedParameters):
     """Hyper-parameters of the elastic-equivariance Siamese network."""
 
     supervised_fraction: float = parameter(
@@ -100,10 +101,10 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         outputs = self.network(torch.cat([self.warp_input(data, t1), self.warp_input(data, t2)]))
         branch_1, branch_2 = split_outputs(outputs, len(data))
 
-        losses = [
-            self.supervised_loss(split_outputs(branch, num_labeled)[0], warp(target, t[:num_labeled], "nearest"))
-            for branch, t in ((branch_1, t1), (branch_2, t2))
-        ]
+        on_labels = [split_outputs(branch, num_labeled)[0] for branch in (branch_1, branch_2)]
+        targets = [warp(target, t[:num_labeled], "nearest") for t in (t1, t2)]
+        losses = [self.supervised_loss(outputs, moved) for outputs, moved in zip(on_labels, targets)]
+        self.note_learned(on_labels[:1], targets[0])
         terms = {"supervised": LossTerm((losses[0] + losses[1]) / 2, 1.0)}
         if self.in_second_stage:
             weight = self.hp.consistency_weight * gaussian_ramp(self.stage_progress, self.hp.consistency_ramp)
