@@ -40,14 +40,16 @@ def overlap_counts(logits: Tensor, target: Tensor, has_regions: bool, ignore_lab
             predicted, truth = predicted & counted, truth & counted
         axes = [0, *range(2, logits.ndim)]
         return torch.stack([part.sum(axes) for part in (predicted & truth, predicted, truth)]).float()
-    labels, wanted = logits.argmax(1).flatten(), target[:, 0].long().flatten()
-    ignored = torch.zeros_like(wanted, dtype=torch.bool) if ignore_label is None else wanted == ignore_label
-    # Voxels that do not count are sent to the background, which is left out.
-    labels, wanted = (torch.where(ignored, 0, values) for values in (labels, wanted))
+    # A row of voxels each: a GPU adds up few classes slowly where all voxels share one counter per class.
+    labels, wanted = (values.flatten(0, 1).flatten(1) for values in (logits.argmax(1), target[:, 0].long()))
+    if ignore_label is not None:
+        # Voxels that do not count are sent to the background, which is left out.
+        counted = wanted != ignore_label
+        labels, wanted = (torch.where(counted, values, 0) for values in (labels, wanted))
     ones = torch.ones_like(wanted)
-    counts = wanted.new_zeros(3, logits.shape[1])
-    for row, values in zip(counts, (torch.where(labels == wanted, labels, 0), labels, wanted)):
-        row.scatter_add_(0, values, ones)
+    empty = wanted.new_zeros(len(wanted), logits.shape[1])
+    parts = torch.where(labels == wanted, labels, 0), labels, wanted
+    counts = torch.stack([empty.scatter_add(1, values, ones).sum(0) for values in parts])
     return counts[:, 1:].float()
 
 
