@@ -89,7 +89,11 @@ def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
     resumed = tiny.trainer(cls, supervised_fraction=0.5, num_epochs=2)
     resumed.initialize()
     resumed.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
-    return {"whole": weights(trainer), "resumed": weights(resumed), "steps": np.stack(steps), "logged": logged}
+    counts = {"whole": trainer.learned.counts, "resumed": resumed.learned.counts}
+    return {
+        "whole": weights(trainer), "resumed": weights(resumed), "steps": np.stack(steps), "logged": logged,
+        "counts": counts,
+    }  # fmt: skip
 
 
 def work(rank: int, port: int, folder: str, tiny: TinyDataset, large: TinyDataset, name: str) -> None:
@@ -170,6 +174,14 @@ def test_both_processes_hold_the_same_weights(pair):
         torch.testing.assert_close(found[0][state], found[1][state], rtol=0, atol=0)
     assert torch.equal(found[0]["whole"], found[0]["resumed"])
     assert found[0]["mean"] == found[1]["mean"] == pytest.approx(0.55)
+
+
+def test_both_processes_know_of_the_same_learned_structures(pair):
+    cls, found, _, _ = pair
+    for state in ("whole", "resumed"):
+        counts = [f["counts"][state] for f in found]
+        np.testing.assert_array_equal(counts[0], counts[1])
+        assert counts[0].any() == bool(cls.unlabeled_terms)
 
 
 def test_a_step_that_is_broken_on_one_is_skipped_by_both(pair):
