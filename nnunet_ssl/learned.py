@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunet_ssl.evaluation.metrics import structures_of
-
-# Of what the running counts keep from step to step: they look back about 20 steps.
+# What the running counts keep from step to step: they look back about 20 steps that show a structure.
 _DECAY = 0.95
 
 
@@ -53,10 +52,18 @@ def overlap_counts(logits: Tensor, target: Tensor, has_regions: bool, ignore_lab
     return counts[:, 1:].float()
 
 
-def in_order_of_channels(labels: Mapping[str, Any], has_regions: bool) -> list[str]:
-    """The names of dataset.json's structures in the order of the network's channels."""
-    structures = structures_of(labels)
-    return list(structures) if has_regions else sorted(structures, key=lambda name: structures[name])
+def names_of_channels(labels: Mapping[str, Any], label_manager: LabelManager) -> list[str]:
+    """What dataset.json calls each structure that the network tells apart, in the order of its channels.
+
+    The channels are nnU-Net's: dataset.json may name a label twice, or its background otherwise.
+    """
+
+    def as_tuple(value: Any) -> tuple[int, ...]:
+        return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+    names = {as_tuple(value): name for name, value in reversed(labels.items())}
+    channels = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+    return [names.get(as_tuple(channel), f"label {channel}") for channel in channels]
 
 
 class LearnedStructures:
@@ -75,8 +82,12 @@ class LearnedStructures:
         self.counts = np.zeros((num_networks, 3, len(self.names)))
 
     def note(self, counts: np.ndarray) -> None:
-        """Take in the counts of a step, (networks, 3, structures)."""
-        self.counts = _DECAY * self.counts + (1.0 - _DECAY) * counts
+        """Take in the counts of a step, (networks, 3, structures).
+
+        Structures that the step's labels do not show keep theirs: nothing has been unlearned where nothing was asked.
+        """
+        updated = _DECAY * self.counts + (1.0 - _DECAY) * counts
+        self.counts = np.where(counts[:, 2:] > 0, updated, self.counts)
 
     def dice(self) -> np.ndarray:
         """Of every structure (structures,), of the network that knows it least; 1 where no label has shown it yet."""
@@ -97,6 +108,8 @@ class LearnedStructures:
         share = self.share()
         if share == 1.0:
             return None
+        if not self.counts[:, 2].any():
+            return "The unlabeled terms do not count yet: no labeled batch has shown a structure"
         least = int(self.dice().argmin())
         return (
             f"The unlabeled terms count by {share:.2f}, because {self.names[least]!r} has a Dice of "

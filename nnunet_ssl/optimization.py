@@ -21,6 +21,13 @@ class LossTerm(NamedTuple):
     weight: float
 
 
+def scaled(terms: Mapping[str, LossTerm], names: Sequence[str], factor: float) -> dict[str, LossTerm]:
+    """The terms, the weights of the named ones times a factor."""
+    return {
+        name: LossTerm(value, weight * factor if name in names else weight) for name, (value, weight) in terms.items()
+    }
+
+
 def weighted_sum(terms: Mapping[str, LossTerm]) -> Tensor:
     """The total loss.
 

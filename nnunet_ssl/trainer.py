@@ -27,13 +27,13 @@ from nnunet_ssl.cascade import check_complete, check_no_hidden_labels, previous_
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_ranks
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.learned import LearnedStructures, in_order_of_channels
+from nnunet_ssl.learned import LearnedStructures, names_of_channels
 from nnunet_ssl.method import Method
 from nnunet_ssl.monitor import STABILITY, Monitor, picture_file
 from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
 from nnunet_ssl.nnunet_files import check_configuration, check_dataset_json, check_labels_of_cases, using
 from nnunet_ssl.nnunet_names import replaced_in_trainer_module
-from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, step, weighted_sum
+from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, scaled, step, weighted_sum
 from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.run_record import note_validation, write_record
@@ -132,7 +132,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             self.partner = build_partner(self, plans)
             # One optimizer, so that one learning rate and one gradient scaler serve both networks.
             self.optimizer.add_param_group({"params": list(self.partner.parameters())})
-        structures = in_order_of_channels(self.dataset_json["labels"], self.label_manager.has_regions)
+        structures = names_of_channels(self.dataset_json["labels"], self.label_manager)
         self.learned = LearnedStructures(structures, len(self.networks), getattr(self.hp, "learned_dice", 0.0))
         self.generator = torch.Generator(device=self.device if self.device.type == "cuda" else "cpu")
         if self.hp.seed is None:
@@ -257,11 +257,14 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.dataloader_unlabeled is not None and self.in_second_stage:
             unlabeled = self._to_device(next(self.dataloader_unlabeled))
         self.optimizer.zero_grad(set_to_none=True)
+        self.labeled_overlap = None
         with self.autocast():
-            terms = self._as_far_as_learned(self.loss_terms(labeled, unlabeled))
+            terms = scaled(self.loss_terms(labeled, unlabeled), self.unlabeled_terms, self.learned.share())
             total = weighted_sum(terms)
         norms = backward(total, self.networks, self.optimizer, self.grad_scaler)
         # One transfer for all values: a step waits for the device no more often than the stock trainer's.
+        if self.unlabeled_terms and self.labeled_overlap is None:
+            raise RuntimeError(f"loss_terms of {type(self).__name__} must call note_learned.")
         overlap = [] if self.labeled_overlap is None else [self.labeled_overlap.flatten()]
         shared = mean_over_ranks(torch.cat([total.detach().float().view(1), *overlap]))
         values = self._values_to_log(terms)
@@ -280,14 +283,6 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self.after_step()
         self._iterations_done_in_epoch += 1
         return {"loss": loss, "terms": logged, "finite": is_finite}
-
-    def _as_far_as_learned(self, terms: dict[str, LossTerm]) -> dict[str, LossTerm]:
-        """The terms, those that need more than labels with as much of their weight as the structures are learned."""
-        share = self.learned.share()
-        return {
-            name: LossTerm(term.value, term.weight * (share if name in self.unlabeled_terms else 1.0))
-            for name, term in terms.items()
-        }
 
     def _values_to_log(self, terms: dict[str, LossTerm]) -> list[Tensor | float]:
         """Values, weights and statistics in the order of the log; not a number for those that this step has not."""
@@ -361,7 +356,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.partner is not None:
             bare(self.partner).load_state_dict(state["partner"]["weights"])
         self.learned.restore(state)
-        changed = {k: v for k, v in self.hp.as_dict().items() if state["hyperparameters"].get(k) != v}
+        then = state["hyperparameters"]
+        changed = {k: v for k, v in self.hp.as_dict().items() if then.get(k, v) != v}
         if changed:
             self.print_to_log_file(f"WARNING: the plans have changed since this checkpoint was written: {changed}")
         if self.local_rank == 0:

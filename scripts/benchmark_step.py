@@ -28,7 +28,7 @@ import torch
 from benchmarking.growth import growth_with_classes, growth_with_patch
 from benchmarking.loading import growth_with_list, loader_speed, share_waiting, start_with_list
 from benchmarking.monitoring import monitor_cost
-from benchmarking.setups import MEASURED, case_of_plans, cases_on_cpu, smallest_cases, use_folders
+from benchmarking.setups import MEASURED, case_of_plans, cases_on_cpu, small_cases, smallest_cases, use_folders
 from benchmarking.steps import compare_memory, compare_steps, peak_memory, profile_steps
 from benchmarking.timing import keep_memory
 from benchmarking.usual_ways import compare_usual_ways
@@ -76,7 +76,7 @@ def main() -> None:
         folder = Path(name)
         use_folders(folder)
         if arguments.memory_of:
-            print(peak_memory(every[int(arguments.memory_of[0])], arguments.memory_of[1], device))
+            print(peak_memory(every[int(arguments.memory_of[0])], arguments.memory_of[1], device, arguments.bfloat16))
             return
         if arguments.list_of:
             print(*start_with_list(arguments.list_of, folder))
@@ -85,18 +85,21 @@ def main() -> None:
         numbers = range(len(every)) if arguments.cases is None else arguments.cases
         cases = [every[i] for i in numbers]
         script, bfloat16 = Path(__file__), arguments.bfloat16
-        again = ["--smoke"] if arguments.smoke else []
+        again = [f"--{name}" for name in ("smoke", "bfloat16") if getattr(arguments, name)]
         again += ["--device", arguments.device, *(w for pair in arguments.plans for w in ("--plans", *pair))]
         by_number = dict(zip(numbers, cases))
+        # Loaders are measured with networks that leave them little time, unless plans were asked for.
+        quick = by_number if arguments.smoke or arguments.plans else dict(enumerate(small_cases(), len(every)))
+        batches = 4 if arguments.smoke else 60
         parts = {
             "steps": lambda: compare_steps(cases, names, device, turns, bfloat16),
             "memory": lambda: compare_memory(by_number, names, script, again),
-            "waiting": lambda: share_waiting(by_number, names, device, folder, max(arguments.workers), turns),
+            "waiting": lambda: share_waiting(quick, names, device, folder, max(arguments.workers), batches),
             "usual": lambda: compare_usual_ways(cases, device, turns),
             "patch": lambda: growth_with_patch(arguments.sides, names, device, turns, bfloat16),
             "classes": lambda: growth_with_classes(arguments.classes, side, names, device, turns, bfloat16),
             "list": lambda: growth_with_list(arguments.list_lengths, script),
-            "workers": lambda: loader_speed(by_number, device, folder, arguments.workers),
+            "workers": lambda: loader_speed(by_number, device, folder, arguments.workers, batches),
             "monitor": lambda: monitor_cost(cases, names, device, turns),
             "profile": lambda: profile_steps(cases, names, device, bfloat16),
         }

@@ -209,7 +209,7 @@ def test_5_resumed_training_equals_the_uninterrupted_one(tmp_path: Path, trainer
         with pytest.MonkeyPatch.context() as patch:
             for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
                 patch.setenv(variable, str(tiny.root / variable))
-            trainer = tiny.trainer(trainer_class)
+            trainer = tiny.trainer(trainer_class, learned_dice=0.5)
             if name == "resumed":
                 stop_at_epoch(trainer, stop_after)
                 with pytest.raises(KeyboardInterrupt):
@@ -217,7 +217,7 @@ def test_5_resumed_training_equals_the_uninterrupted_one(tmp_path: Path, trainer
                 file = f"{trainer.output_folder}/checkpoint_latest.pth"
                 torch.manual_seed(123)
                 np.random.seed(123)
-                trainer = tiny.trainer(trainer_class)
+                trainer = tiny.trainer(trainer_class, learned_dice=0.5)
                 trainer.load_checkpoint(file)
                 assert trainer.current_epoch == stop_after
             weights.append(train(trainer))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyDataset
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_ssl.learned import LearnedStructures, in_order_of_channels, overlap_counts
+from nnunet_ssl.learned import LearnedStructures, names_of_channels, overlap_counts
 from nnunet_ssl.methods import TRAINERS
 
 SEMI = [t for t in TRAINERS if t.unlabeled_terms]
@@ -67,15 +68,37 @@ def test_nothing_is_waited_for_where_nothing_is_asked_for():
     assert LearnedStructures(["heart"], 1, 0.0).share() == 1.0
 
 
-def test_structures_are_in_the_order_of_channels():
-    labels = {"background": 0, "b": 2, "a": 1, "ignore": 3}
-    assert in_order_of_channels(labels, False) == ["a", "b"]
-    assert in_order_of_channels({"background": 0, "whole": [1, 2], "core": [2]}, True) == ["whole", "core"]
+def test_a_structure_that_is_not_shown_keeps_its_dice():
+    learned = LearnedStructures(["common", "rare"], 1, 0.5)
+    learned.note(np.array([[[45.0, 40.0], [50.0, 50.0], [50.0, 50.0]]]))
+    for _ in range(100):
+        learned.note(np.array([[[45.0, 0.0], [50.0, 5.0], [50.0, 0.0]]]))
+    np.testing.assert_allclose(learned.dice(), [0.9, 0.8])
+
+
+def test_what_is_said_before_any_structure_was_shown():
+    learned = LearnedStructures(["heart"], 1, 0.5)
+    learned.note(np.zeros((1, 3, 1)))
+    assert learned.describe() == "The unlabeled terms do not count yet: no labeled batch has shown a structure"
+
+
+@pytest.mark.parametrize(("labels", "order", "expected"), [
+    ({"background": 0, "b": 2, "a": 1, "ignore": 3}, None, ["a", "b"]),
+    ({"background": 0, "a": [1], "b": 2}, None, ["a", "b"]),
+    ({"background": 0, "a": 1, "a2": 1, "b": 2}, None, ["a", "b"]),
+    ({"air": 0, "b": 1}, None, ["b"]),
+    ({"background": 0, "whole": [1, 2], "core": [2]}, [1, 2], ["whole", "core"]),
+    ({"air": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2], ["whole", "core"]),
+])  # fmt: skip
+def test_names_of_channels(labels, order, expected):
+    manager = LabelManager(labels, order)
+    assert names_of_channels(labels, manager) == expected
+    assert len(expected) == manager.num_segmentation_heads - (not manager.has_regions)
 
 
 @pytest.mark.parametrize("cls", SEMI, ids=lambda c: c.__name__)
 def test_unlabeled_terms_wait_for_the_structures(tiny: TinyDataset, cls):
-    trainer = tiny.initialized(cls, supervised_fraction=0.0, unlabeled_ramp=0.0)
+    trainer = tiny.initialized(cls, supervised_fraction=0.0, unlabeled_ramp=0.0, learned_dice=0.5)
     labeled, unlabeled = tiny.batches(trainer)
     trainer.dataloader_unlabeled = iter([unlabeled] * 9) if trainer.uses_unlabeled else None
     full = {n: t.weight for n, t in trainer.loss_terms(labeled, unlabeled).items()}
@@ -98,7 +121,7 @@ def test_steps_without_a_share_are_supervised_ones(tiny: TinyDataset, cls):
     """Weights after a step in which nothing is learned yet equal those after one with the terms switched off."""
     found = []
     for settings in ({}, {f"{name}_weight": 0.0 for name in cls.unlabeled_terms if not name.endswith("_partner")}):
-        trainer = tiny.initialized(cls, supervised_fraction=0.0, **settings)
+        trainer = tiny.initialized(cls, supervised_fraction=0.0, learned_dice=0.5, **settings)
         labeled, unlabeled = tiny.batches(trainer)
         trainer.dataloader_unlabeled = iter([unlabeled]) if trainer.uses_unlabeled else None
         trainer.train_step(labeled)
@@ -107,7 +130,14 @@ def test_steps_without_a_share_are_supervised_ones(tiny: TinyDataset, cls):
 
 
 def test_the_log_says_what_is_waited_for(tiny: TinyDataset):
-    trainer = tiny.trainer(SEMI[-1], supervised_fraction=0.0, num_epochs=1)
+    trainer = tiny.trainer(SEMI[-1], supervised_fraction=0.0, num_epochs=1, learned_dice=0.5)
     trainer.run_training()
     with open(trainer.log_file) as text:
         assert "The unlabeled terms count by 0." in text.read()
+
+
+def test_a_method_that_tells_nothing_is_refused(tiny: TinyDataset):
+    trainer = tiny.initialized(SEMI[0], supervised_fraction=0.0)
+    trainer.note_learned = lambda *arguments: None
+    with pytest.raises(RuntimeError, match="must call note_learned"):
+        trainer.train_step(tiny.batches(trainer)[0])

@@ -88,7 +88,7 @@ def test_the_warning_reaches_the_log(tiny):
 
 
 def test_stages_and_the_log(tiny):
-    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5, learned_dice=0.0)
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5)
     trainer.run_training()
     rates = trainer.logger.get_value("lrs", step=None)
     assert rates[0] == rates[2] == trainer.initial_lr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -17,12 +16,13 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
 
 from benchmarking.setups import DATASET, MEASURED, Case, make_trainer, planned, use_folders, write_cases
-from benchmarking.timing import header, row
+from benchmarking.timing import header, peak_of_process, row
 from nnunet_ssl.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
 from nnunet_ssl.unlabeled_data import find_unlabeled_cases, make_unlabeled_loader
 
 _NUM_CASES = 8
-_WARM_UP = 3
+# More batches than the loaders' queues hold.
+_WARM_UP = 20
 
 
 class Stopwatch:
@@ -67,7 +67,10 @@ def loading(cls: type, case: Case, device: torch.device, folder: Path, workers: 
 def share_waiting(
     cases: Mapping[int, Case], names: Sequence[str], device: torch.device, folder: Path, workers: int, steps: int
 ) -> None:
-    """Share of the time of training steps in which no batch is ready, labeled or unlabeled."""
+    """Share of the time of training steps in which no batch is ready, labeled or unlabeled.
+
+    nnU-Net's setting of workers gives the labeled loader as many, its validation loader and the unlabeled one half.
+    """
     header(f"waiting, {workers} workers", *names)
     for number, case in cases.items():
         cells = []
@@ -92,10 +95,13 @@ def share_waiting(
         row(case.name, *cells)
 
 
-def loader_speed(cases: Mapping[int, Case], device: torch.device, folder: Path, workers: Sequence[int]) -> None:
-    """Samples per second of the stock trainer's loader and of the unlabeled ones, by the number of workers.
+def loader_speed(
+    cases: Mapping[int, Case], device: torch.device, folder: Path, workers: Sequence[int], batches: int
+) -> None:
+    """Samples per second of the stock trainer's loader and of the unlabeled ones, by nnU-Net's setting of workers.
 
-    FDPL's has larger patches and a second view of each, SemiTC's is the plain one.
+    FDPL's has larger patches and a second view of each, SemiTC's is the plain one. One loader runs at a time. The
+    unlabeled ones have half as many processes, at least one, for half as many samples per step.
     """
     names = ("stock", "SemiTC", "FDPL")
     header("samples per second", "workers", "stock, labeled", *(f"{name}, unlabeled" for name in names[1:]))
@@ -104,17 +110,19 @@ def loader_speed(cases: Mapping[int, Case], device: torch.device, folder: Path, 
             cells = []
             for name in names:
                 with loading(MEASURED[name], case, device, folder / str(number), count) as trainer:
-                    stock = name == "stock"
-                    source = trainer.dataloader_train if stock else trainer.dataloader_unlabeled
-                    size = trainer.batch_size if stock else trainer.unlabeled_batch_size
-                    # What lies ready in the queue at first would count too.
-                    for _ in range(4 * count):
+                    is_stock = name == "stock"
+                    source = trainer.dataloader_train if is_stock else trainer.dataloader_unlabeled
+                    size = trainer.batch_size if is_stock else trainer.unlabeled_batch_size
+                    for other in (trainer.dataloader_train, trainer.dataloader_val):
+                        if other is not source:
+                            _end(other)
+                    # What lies ready in the queues at first would count too.
+                    for _ in range(_WARM_UP):
                         next(source)
-                    number_of_batches = 20
                     start = time.perf_counter()
-                    for _ in range(number_of_batches):
+                    for _ in range(batches):
                         next(source)
-                    cells.append(f"{size * number_of_batches / (time.perf_counter() - start):.1f}")
+                    cells.append(f"{size * batches / (time.perf_counter() - start):.1f}")
             row(case.name, str(count), *cells)
 
 
@@ -135,7 +143,7 @@ def start_with_list(length: int, folder: Path) -> tuple[float, float, float]:
     (raw.parent / "dataset.json").write_text('{"channel_names": {"0": "x"}, "labels": {}, "file_ending": ".nii.gz"}')
     settings = preprocessing_settings(trainer.plans_manager, case.configuration)
     save_json(settings, str(images / SETTINGS_FILE))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    before = peak_of_process()
     start = time.perf_counter()
     split = {"train": ["case_000"], "val": ["case_001"], "unlabeled": []}
     cases, _ = find_unlabeled_cases(str(base), str(raw.parent), settings, split, False)
@@ -145,7 +153,7 @@ def start_with_list(length: int, folder: Path) -> tuple[float, float, float]:
     loader = make_unlabeled_loader(trainer, cases, augmentation)
     next(loader)
     whole = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
+    memory = 1024 * (peak_of_process() - before)
     _end(loader)
     return found, whole - found, memory
 

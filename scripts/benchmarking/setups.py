@@ -132,6 +132,14 @@ def smallest_cases() -> list[Case]:
     ]
 
 
+def small_cases() -> list[Case]:
+    """Small networks, whose steps wait for data rather than others."""
+    return [
+        planned("2D 128 x 128, 8 to 64 features", (128, 128), 4, features=(8, 64)),
+        planned("3D 32 x 32 x 32, 8 to 64 features", (32, 32, 32), 2, features=(8, 64)),
+    ]
+
+
 def case_of_plans(file: Path, configuration: str) -> Case:
     """nnU-Net's plans of a data set, with their own patch, batch and network."""
     plans = load_json(str(file))
@@ -195,6 +203,13 @@ def make_step(
     return trainer, lambda: trainer.train_step(labeled)
 
 
+def autocast_of(trainer: Any) -> contextlib.AbstractContextManager[Any]:
+    """As its training steps use: this package's trainers know, the stock trainer does so on CUDA."""
+    if hasattr(trainer, "autocast"):
+        return trainer.autocast()
+    return torch.autocast("cuda") if trainer.device.type == "cuda" else contextlib.nullcontext()
+
+
 def fix_roles(trainer: Any) -> None:
     """Let DualNet ask which network teaches, as ever, but keep to one answer: its floor then has the same roles."""
     choose = trainer.choose_teacher
@@ -222,14 +237,15 @@ def write_cases(case: Case, folder: Path, sides: tuple[int, ...], number: int) -
         number: Of labeled cases, and of hidden ones.
     """
     base = folder / DATASET
-    cases = base / PlansManager(case.plans).get_configuration(case.configuration).data_identifier
+    configuration = PlansManager(case.plans).get_configuration(case.configuration)
+    cases, channels = base / configuration.data_identifier, len(configuration.normalization_schemes)
     cases.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     shape = (1, *sides) if len(sides) == 2 else sides
     identifiers = [f"case_{i:03}" for i in range(2 * number + 1)]
     for identifier in identifiers:
         labels = rng.integers(0, case.num_labels, (1, *shape)).astype(np.int16)
-        image = rng.normal(size=(1, *shape)).astype(np.float32)
+        image = rng.normal(size=(channels, *shape)).astype(np.float32)
         locations = {c: np.argwhere(labels == c)[:1000] for c in range(1, case.num_labels)}
         blocks = (1, *(min(64, side) for side in shape))
         nnUNetDatasetBlosc2.save_case(

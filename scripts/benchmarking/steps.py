@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarking.setups import MEASURED, Case, make_step, output_shapes
-from benchmarking.timing import header, ratio_of, row, time_in_turns
+from benchmarking.setups import MEASURED, Case, autocast_of, make_step, output_shapes
+from benchmarking.timing import header, peak_of_process, ratio_of, row, time_in_turns
 from nnunet_ssl.losses import downsample_target
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSupTC
 
@@ -44,7 +43,9 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
         labeling = [(networks[0], unlabeled)]
     elif isinstance(trainer, nnUNetTrainerFDPL):
         learning = [(network, both) for network in networks]
-        labeling = [(network, torch.cat([unlabeled, unlabeled])) for network in networks]
+        # Where images leave no room for a shift, both crops are one.
+        crops = torch.cat([unlabeled] * (2 if any(trainer.unlabeled_margin) else 1))
+        labeling = [(network, crops) for network in networks]
     shapes = output_shapes(trainer, case)
     targets = [
         downsample_target(
@@ -52,15 +53,14 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
         )
         for _, x in learning
     ]
-    autocast = getattr(trainer, "autocast", contextlib.nullcontext)
 
     def floor() -> None:
         trainer.optimizer.zero_grad(set_to_none=True)
-        with autocast():
+        with autocast_of(trainer):
             loss = sum(trainer.loss(network(x), target) for (network, x), target in zip(learning, targets))
         scaler = trainer.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
-        with autocast(), torch.no_grad():
+        with autocast_of(trainer), torch.no_grad():
             for network, x in labeling:
                 network(x)
         if scaler is not None:
@@ -100,19 +100,13 @@ def compare_steps(
             del trainer, functions
 
 
-def peak_memory(case: Case, name: str, device: torch.device) -> float:
-    """Peak memory of two steps in GiB: of the device on CUDA, of this process beyond its start on the CPU."""
-    import resource
-
-    _, step = make_step(MEASURED[name], case, device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def peak_memory(case: Case, name: str, device: torch.device, bfloat16: bool) -> float:
+    """Peak memory of a trainer and two steps in GiB: of the GPU, or of this process beyond what it had before."""
+    before = peak_of_process()
+    _, step = make_step(MEASURED[name], case, device, bfloat16)
     for _ in range(2):
         step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_of_process() - before
 
 
 def compare_memory(cases: Mapping[int, Case], names: Sequence[str], script: Path, again: Sequence[str]) -> None:

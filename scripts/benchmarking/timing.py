@@ -6,6 +6,7 @@ import ctypes
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,6 +46,20 @@ def header(*cells: str) -> None:
 def row(*cells: str) -> None:
     """One line of a table."""
     print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def peak_of_process() -> float:
+    """The most memory this process has had, in GiB.
+
+    Linux hands the figure of getrusage on to new processes, so /proc is asked where there is one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 def keep_memory() -> None:
