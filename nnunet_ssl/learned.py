@@ -61,7 +61,8 @@ def names_of_channels(labels: Mapping[str, Any], label_manager: LabelManager) ->
     def as_tuple(value: Any) -> tuple[int, ...]:
         return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
 
-    names = {as_tuple(value): name for name, value in reversed(labels.items())}
+    # Of several names the first.
+    names = {as_tuple(value): name for name, value in reversed(list(labels.items()))}
     channels = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
     return [names.get(as_tuple(channel), f"label {channel}") for channel in channels]
 

@@ -265,8 +265,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         # One transfer for all values: a step waits for the device no more often than the stock trainer's.
         if self.unlabeled_terms and self.labeled_overlap is None:
             raise RuntimeError(f"loss_terms of {type(self).__name__} must call note_learned.")
-        overlap = [] if self.labeled_overlap is None else [self.labeled_overlap.flatten()]
-        shared = mean_over_ranks(torch.cat([total.detach().float().view(1), *overlap]))
+        overlap = total.new_zeros(0) if self.labeled_overlap is None else self.labeled_overlap.flatten()
+        shared = mean_over_ranks(torch.cat([total.detach().float().view(1), overlap.float()]))
         values = self._values_to_log(terms)
         numbers = on_host([*norms, total, *values, shared])
         norms_here, (loss,), logged, (everywhere,), counts = np.split(
