@@ -55,7 +55,7 @@ def overlap_counts(logits: Tensor, target: Tensor, has_regions: bool, ignore_lab
 def names_of_channels(labels: Mapping[str, Any], label_manager: LabelManager) -> list[str]:
     """What dataset.json calls each structure that the network tells apart, in the order of its channels.
 
-    The channels are nnU-Net's: dataset.json may name a label twice, or its background otherwise.
+    The channels are nnU-Net's: dataset.json may name a label twice.
     """
 
     def as_tuple(value: Any) -> tuple[int, ...]:

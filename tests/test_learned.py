@@ -86,9 +86,8 @@ def test_what_is_said_before_any_structure_was_shown():
     ({"background": 0, "b": 2, "a": 1, "ignore": 3}, None, ["a", "b"]),
     ({"background": 0, "a": [1], "b": 2}, None, ["a", "b"]),
     ({"background": 0, "a": 1, "a2": 1, "b": 2}, None, ["a", "b"]),
-    ({"air": 0, "b": 1}, None, ["b"]),
     ({"background": 0, "whole": [1, 2], "core": [2]}, [1, 2], ["whole", "core"]),
-    ({"air": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2], ["whole", "core"]),
+    ({"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2], ["whole", "core"]),
 ])  # fmt: skip
 def test_names_of_channels(labels, order, expected):
     manager = LabelManager(labels, order)
