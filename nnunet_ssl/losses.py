@@ -29,7 +29,7 @@ def probabilities(logits: Tensor, has_regions: bool) -> Tensor:
     return torch.sigmoid(logits) if has_regions else torch.softmax(logits, dim=1)
 
 
-def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
+def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
     """1 - mean over images and classes of sum(p q) / sum(p + q - p q).
 
     The loss of Bortsova et al. (MICCAI 2019), used there both against labels and between the two branches. All
@@ -39,9 +39,10 @@ def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> 
         first: Probabilities p (B, K, *S).
         second: Probabilities or a one-hot map q (B, K, *S).
         mask: (B, 1, *S), boolean or 0/1; voxels at 0 do not count. All count if absent.
+        counted: (B, K), boolean; the classes of each image over which the mean is taken. All count if absent.
 
     Returns:
-        Scalar in [0, 1].
+        Scalar in [0, 1]; 0 where nothing is counted.
     """
     overlap = first * second
     union = first + second - overlap
@@ -51,8 +52,34 @@ def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> 
         overlap = torch.where(keep, overlap, 0.0)
         union = torch.where(keep, union, 0.0)
     axes = list(range(2, first.ndim))
-    iou = (overlap.sum(axes) + SMOOTH) / (union.sum(axes) + SMOOTH)
-    return 1.0 - iou.mean()
+    loss = 1.0 - (overlap.sum(axes) + SMOOTH) / (union.sum(axes) + SMOOTH)
+    if counted is None:
+        return loss.mean()
+    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def found_classes(probability: Tensor, has_regions: bool, mask: Tensor | None = None) -> Tensor:
+    """Which classes a prediction has anywhere in each image, without gradient; nothing is handed to the host.
+
+    Args:
+        probability: (B, K, *S).
+        has_regions: Whether channels are overlapping regions, found above one half, instead of exclusive classes.
+        mask: (B, 1, *S), boolean; voxels that count. All count if absent.
+
+    Returns:
+        (B, K), boolean.
+    """
+    num_images, num_classes = probability.shape[:2]
+    if has_regions:
+        found = probability > 0.5
+        return (found if mask is None else found & mask).flatten(2).any(2)
+    labels = probability.argmax(1)
+    if mask is not None:
+        # Voxels that do not count belong to a class of their own, which is left out.
+        labels = torch.where(mask[:, 0], labels, num_classes)
+    seen = torch.zeros(num_images, num_classes + 1, dtype=torch.bool, device=labels.device)
+    return seen.scatter_(1, labels.flatten(1), True)[:, :num_classes]
 
 
 def soft_dice_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 
-from nnunet_ssl.losses import SMOOTH, SoftIoULoss, downsample_target, probabilities, soft_iou_loss
+from nnunet_ssl.losses import (
+    SMOOTH,
+    SoftIoULoss,
+    downsample_target,
+    found_classes,
+    probabilities,
+    soft_iou_loss,
+)
 
 SHAPES = [(6, 5), (4, 3, 5)]
 
@@ -17,11 +24,13 @@ def random_probabilities(shape, classes=3, seed=0):
     return probabilities(logits, has_regions=False)
 
 
-def soft_iou_by_hand(p, q, mask):
+def soft_iou_by_hand(p, q, mask, counted=None):
     """1 - mean over images and classes, in plain loops."""
     values = []
     for b in range(p.shape[0]):
         for k in range(p.shape[1]):
+            if counted is not None and not counted[b][k]:
+                continue
             overlap = union = 0.0
             for x, y, m in zip(p[b, k].ravel(), q[b, k].ravel(), mask[b, 0].ravel()):
                 if m:
@@ -57,6 +66,37 @@ def test_soft_iou_gradient_is_correct_and_symmetric():
     mask = torch.rand(2, 1, 3, 3) > 0.3
     assert torch.autograd.gradcheck(lambda a, b: soft_iou_loss(a, b, mask), (p, q))
     assert soft_iou_loss(p, q, mask).item() == pytest.approx(soft_iou_loss(q, p, mask).item())
+
+
+def test_soft_iou_of_counted_classes_equals_loops():
+    p, q = random_probabilities((4, 3, 5)).requires_grad_(), random_probabilities((4, 3, 5), seed=1)
+    mask = torch.rand(2, 1, 4, 3, 5) > 0.3
+    counted = torch.tensor([[True, False, True], [True, False, False]])
+    loss = soft_iou_loss(p, q, mask, counted)
+    by_hand = soft_iou_by_hand(p.detach().numpy(), q.numpy(), mask.numpy(), counted.tolist())
+    assert loss.item() == pytest.approx(by_hand)
+    loss.backward()
+    assert torch.equal(p.grad.flatten(2).any(2), counted)
+    nothing = soft_iou_loss(p, q, mask, torch.zeros_like(counted))
+    assert nothing.item() == 0.0
+    (gradient,) = torch.autograd.grad(nothing, p)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("has_regions", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_found_classes_equal_numpy(shape, has_regions):
+    """A class that is likeliest at a single voxel is found, unless that voxel does not count."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        logits = rng.normal(size=(2, 6, *shape)) - np.linspace(0, 4, 6).reshape(1, 6, *[1] * len(shape))
+        mask = rng.random((2, 1, *shape)) > 0.5
+        p = probabilities(torch.from_numpy(logits), has_regions)
+        one_hot = logits > 0 if has_regions else logits == logits.max(1, keepdims=True)
+        for m, expected in ((None, one_hot), (mask, one_hot & mask)):
+            found = found_classes(p, has_regions, None if m is None else torch.from_numpy(m))
+            assert np.array_equal(found.numpy(), expected.any(axis=tuple(range(2, logits.ndim))))
+    assert not found.all(), "all classes are found: this tests nothing"
 
 
 @pytest.mark.parametrize("ignore_label", [None, 3])

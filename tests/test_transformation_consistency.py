@@ -44,6 +44,52 @@ def test_an_equivariant_network_is_consistent(tmp_path, patch, interpolation):
     assert right < 0.4 * min(swapped, none)
 
 
+def descend(consistency, peak, steps=200, rate=50.0):
+    """The largest probability of a structure with a bump of ``peak``, after descending the consistency term alone."""
+    bump = torch.from_numpy(gaussian_filter(np.pad([[1.0]], 15), 3))
+    maps = (torch.logit(torch.tensor(peak)) + 6) * bump / bump.max() - 6
+    branches = [torch.stack([-maps / 2, maps / 2])[None].float().requires_grad_() for _ in range(2)]
+    for _ in range(steps):
+        gradients = torch.autograd.grad(consistency(*branches), branches)
+        with torch.no_grad():
+            for logits, gradient in zip(branches, gradients):
+                logits -= rate * gradient
+    return torch.softmax(branches[0], 1)[:, 1].max().item()
+
+
+def test_no_structure_grows_where_no_branch_finds_one(tiny):
+    """A soft IoU makes both branches sure of something; what both find improbable must not become sure."""
+    trainer = initialized(tiny)
+    still = torch.zeros(1, 2, *(31 + 2 * m for m in trainer.grid((31, 31)).margin))
+
+    def consistency(first, second):
+        return trainer.consistency(first, second, still, still)
+
+    def over_all_structures(first, second):
+        return soft_iou_loss(torch.softmax(first, 1), torch.softmax(second, 1))
+
+    for peak in (0.02, 0.3, 0.45):
+        assert descend(consistency, peak) <= peak
+    assert descend(consistency, 0.6) > 0.9
+    assert descend(over_all_structures, 0.3) > 0.9, "this tests nothing"
+
+
+@pytest.mark.parametrize("has_regions", [False, True])
+def test_a_structure_counts_where_either_branch_finds_it(tiny, monkeypatch, has_regions):
+    trainer = initialized(tiny)
+    monkeypatch.setattr(type(trainer.label_manager), "has_regions", has_regions)
+    shape = (16, 16)
+    still = torch.zeros(1, 2, *(side + 2 * m for side, m in zip(shape, trainer.grid(shape).margin)))
+    nowhere = torch.full((1, 3, *shape), -4.0)
+    nowhere[:, 0] = 4.0
+    somewhere = nowhere.clone()
+    somewhere[0, 1, 4:7, 5] = 6.0
+    for first, second, classes in ((nowhere, nowhere, [0]), (somewhere, nowhere, [0, 1]), (nowhere, somewhere, [0, 1])):
+        p, q = (torch.sigmoid(z) if has_regions else torch.softmax(z, 1) for z in (first, second))
+        expected = soft_iou_loss(p[:, classes], q[:, classes]).item()
+        assert trainer.consistency(first, second, still, still).item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_terms_are_the_papers_formula(tiny):
     """One step, put together anew from the network's outputs."""
     trainer = initialized(tiny)

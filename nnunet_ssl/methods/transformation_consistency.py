@@ -6,7 +6,8 @@ consistency under transformations", MICCAI 2019.
 Departures from the paper: nnU-Net's loss, optimizer and augmentation instead of soft IoU, Adadelta and none (the
 paper's loss is an option); linear instead of nearest interpolation of predictions (an option too); the field is
 declared relative to the patch and made so that it cannot fold; voxels whose counterpart lies outside the patch do not
-count; both stages of the paper's schedule run in one training; the consistency term waits until every structure is
+count, nor does a structure that neither branch finds in an image: the paper's images show all structures, patches do
+not; both stages of the paper's schedule run in one training; the consistency term waits until every structure is
 learned.
 """
 
@@ -20,7 +21,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
 from nnunet_ssl.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
-from nnunet_ssl.losses import SoftIoULoss, label_map, probabilities, soft_iou_loss
+from nnunet_ssl.losses import SoftIoULoss, found_classes, label_map, probabilities, soft_iou_loss
 from nnunet_ssl.monitor import IMAGE, PSEUDO_LABELS
 from nnunet_ssl.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.optimization import LossTerm
@@ -150,6 +151,9 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
     def consistency(self, logits_1: Tensor, logits_2: Tensor, u1: Tensor, u2: Tensor) -> Tensor:
         """C: soft IoU loss between prediction 1, brought into the frame of branch 2, and prediction 2.
 
+        A structure that neither branch predicts in an image does not count there. A soft IoU is 1 only where both are
+        sure of a voxel, so it would grow such a structure out of the voxels where it is least improbable.
+
         Args:
             logits_1: (B, K, *S), of the images warped by u1.
             logits_2: (B, K, *S), of the images warped by u2.
@@ -159,7 +163,9 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         regions = self.label_manager.has_regions
         p1, p2 = probabilities(logits_1, regions), probabilities(logits_2, regions)
         alignment = align_displacements(u1, u2, grid=self.grid(tuple(logits_1.shape[2:])))
-        return soft_iou_loss(warp(p1, alignment, self.hp.interpolation), p2, inside_mask(alignment))
+        aligned, mask = warp(p1, alignment, self.hp.interpolation), inside_mask(alignment)
+        found = found_classes(aligned, regions, mask) | found_classes(p2, regions, mask)
+        return soft_iou_loss(aligned, p2, mask, found)
 
     def grid(self, spatial_shape: tuple[int, ...]) -> SolverGrid:
         """How far fields reach beyond a patch, and where their alignment is solved."""
