@@ -15,6 +15,8 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
+from nnunet_ssl.losses import likeliest
+
 # What the running counts keep from step to step: they look back about 20 steps that show a structure.
 _DECAY = 0.95
 
@@ -40,7 +42,7 @@ def overlap_counts(logits: Tensor, target: Tensor, has_regions: bool, ignore_lab
         axes = [0, *range(2, logits.ndim)]
         return torch.stack([part.sum(axes) for part in (predicted & truth, predicted, truth)]).float()
     # A row of voxels each: a GPU adds up few classes slowly where all voxels share one counter per class.
-    labels, wanted = (values.flatten(0, 1).flatten(1) for values in (logits.argmax(1), target[:, 0].long()))
+    labels, wanted = (values.flatten(0, 1).flatten(1) for values in (likeliest(logits), target[:, 0].long()))
     if ignore_label is not None:
         # Voxels that do not count are sent to the background, which is left out.
         counted = wanted != ignore_label

@@ -64,22 +64,16 @@ def found_classes(probability: Tensor, has_regions: bool, mask: Tensor | None = 
 
     Args:
         probability: (B, K, *S).
-        has_regions: Whether channels are overlapping regions, found above one half, instead of exclusive classes.
+        has_regions: Whether channels are overlapping regions, found above one half, instead of exclusive classes, found
+            where no other is likelier.
         mask: (B, 1, *S), boolean; voxels that count. All count if absent.
 
     Returns:
         (B, K), boolean.
     """
-    num_images, num_classes = probability.shape[:2]
-    if has_regions:
-        found = probability > 0.5
-        return (found if mask is None else found & mask).flatten(2).any(2)
-    labels = probability.argmax(1)
-    if mask is not None:
-        # Voxels that do not count belong to a class of their own, which is left out.
-        labels = torch.where(mask[:, 0], labels, num_classes)
-    seen = torch.zeros(num_images, num_classes + 1, dtype=torch.bool, device=labels.device)
-    return seen.scatter_(1, labels.flatten(1), True)[:, :num_classes]
+    # The largest value and not its index, which takes longer to find.
+    found = probability > 0.5 if has_regions else probability >= probability.amax(1, keepdim=True)
+    return (found if mask is None else found & mask).flatten(2).any(2)
 
 
 def soft_dice_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -146,6 +140,12 @@ def log_probabilities(logits: Tensor, has_regions: bool, temperature: float = 1.
     return functional.log_softmax(scaled, dim=1)[:, None]
 
 
+def likeliest(values: Tensor, dim: int = 1) -> Tensor:
+    """Where the largest value along an axis is, the first of equals: the axis is gone. Without gradient."""
+    # As argmax, which PyTorch computes several times slower on a CPU, where the axis is not the last one.
+    return values.detach().max(dim).indices
+
+
 def hard_labels(logits: Tensor, like: Tensor, has_regions: bool) -> Tensor:
     """Predictions in the form of nnU-Net's targets, without gradient; no voxel is ignored.
 
@@ -159,7 +159,7 @@ def hard_labels(logits: Tensor, like: Tensor, has_regions: bool) -> Tensor:
         Label map (B, 1, *S) or region channels (B, R, *S), of the target's type.
     """
     if not has_regions:
-        return logits.detach().argmax(1, keepdim=True).to(like.dtype)
+        return likeliest(logits)[:, None].to(like.dtype)
     regions = (logits.detach() > 0).to(like.dtype)
     further = like.shape[1] - regions.shape[1]
     return torch.cat([regions, regions.new_zeros(len(regions), further, *regions.shape[2:])], 1) if further else regions
@@ -168,7 +168,7 @@ def hard_labels(logits: Tensor, like: Tensor, has_regions: bool) -> Tensor:
 def label_map(logits: Tensor, has_regions: bool) -> Tensor:
     """Labels (B, *S) of logits (B, K, *S), to be looked at; of regions, a number for each combination that holds."""
     if not has_regions:
-        return logits.argmax(1)
+        return likeliest(logits)
     powers = 2 ** torch.arange(logits.shape[1], device=logits.device)
     return torch.einsum("bk...,k->b...", (logits > 0).long(), powers)
 

@@ -12,6 +12,7 @@ from nnunet_ssl.losses import (
     SoftIoULoss,
     downsample_target,
     found_classes,
+    likeliest,
     probabilities,
     soft_iou_loss,
 )
@@ -81,6 +82,13 @@ def test_soft_iou_of_counted_classes_equals_loops():
     assert nothing.item() == 0.0
     (gradient,) = torch.autograd.grad(nothing, p)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_likeliest_is_the_first_of_the_largest(dtype):
+    values = torch.randint(0, 4, (3, 5, 40, 6), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for dim in range(4):
+        assert np.array_equal(likeliest(values, dim).numpy(), values.float().numpy().argmax(dim))
 
 
 @pytest.mark.parametrize("has_regions", [False, True])

@@ -26,6 +26,7 @@ from nnunet_ssl.losses import (
     entropy,
     kl_divergence,
     label_map,
+    likeliest,
     log_probabilities,
     masked_mean,
     probabilities,
@@ -168,7 +169,7 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         """
         hp, regions = self.hp, self.label_manager.has_regions
         log_p, log_q = log_probabilities(student[0], regions), log_probabilities(teacher[0], regions)
-        labels = log_q.argmax(2)
+        labels = likeliest(log_q, 2)
         reliable = self.reliable_voxels(log_p, log_q)
         self.statistics["reliable"] = reliable.float().mean()
         terms = {}
