@@ -71,8 +71,8 @@ def found_classes(probability: Tensor, has_regions: bool, mask: Tensor | None = 
     Returns:
         (B, K), boolean.
     """
-    # The largest value and not its index, which takes longer to find.
-    found = probability > 0.5 if has_regions else probability >= probability.amax(1, keepdim=True)
+    # The largest value and not its index, which takes longer to find. NaN counts as found, so that it is not hidden.
+    found = ~(probability <= 0.5 if has_regions else probability < probability.amax(1, keepdim=True))
     return (found if mask is None else found & mask).flatten(2).any(2)
 
 

@@ -75,7 +75,7 @@ def parse_arguments(
         rows: What --rows may name.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the raw data set, DatasetXXX_Name")
+    parser.add_argument("--data", type=Path, required=True, help="the raw data set, named like Dataset501_JSRT")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything the script makes")
     parser.add_argument(
         "--scale", choices=scales, default="cpu",

@@ -105,6 +105,7 @@ def test_found_classes_equal_numpy(shape, has_regions):
             found = found_classes(p, has_regions, None if m is None else torch.from_numpy(m))
             assert np.array_equal(found.numpy(), expected.any(axis=tuple(range(2, logits.ndim))))
     assert not found.all(), "all classes are found: this tests nothing"
+    assert found_classes(torch.full_like(p, torch.nan), has_regions).all()
 
 
 @pytest.mark.parametrize("ignore_label", [None, 3])

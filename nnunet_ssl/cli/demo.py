@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", dest="folder", type=Path, default=Path("demo_output"), metavar="DIR", help="output folder"
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="an nnU-Net raw data set, DatasetXXX_Name")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="an nnU-Net raw data set, named like Dataset501_JSRT")
     parser.add_argument(
         "--labeled", type=int, metavar="N", help="with --data: cases that keep their labels (default 5)"
     )

@@ -174,8 +174,8 @@ def _link_dataset(data: Path, raw: Path) -> str:
     data = data.resolve()
     if not re.fullmatch(r"Dataset\d{3}_.+", data.name) or not (data / "labelsTr").is_dir():
         raise UserError(
-            f"{data} is not an nnU-Net raw data set: expected a folder DatasetXXX_Name with dataset.json, imagesTr "
-            f"and labelsTr."
+            f"{data} is not an nnU-Net raw data set: expected a folder Dataset<number>_<name> with dataset.json, "
+            f"imagesTr and labelsTr."
         )
     os.symlink(data, raw / data.name, target_is_directory=True)
     return data.name

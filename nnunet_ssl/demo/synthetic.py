@@ -31,7 +31,7 @@ def write_dataset(folder: Path, sizes: Sizes, seed: int = 0) -> None:
     """Write imagesTr, labelsTr, imagesUn, imagesTs, labelsTs and dataset.json.
 
     Args:
-        folder: ``DatasetXXX_Name`` in nnU-Net's raw folder; made if missing.
+        folder: ``Dataset<number>_<name>`` in nnU-Net's raw folder; made if missing.
         sizes: Numbers of cases.
         seed: The same seed makes the same images.
     """
