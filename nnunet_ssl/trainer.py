@@ -112,6 +112,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self.generator = torch.Generator()
         self._guard = StepGuard(self.print_to_log_file)
         self._iterations_done_in_epoch = 0
+        self._unlabeled_terms_are_on = False
         self._state_to_restore: dict[str, Any] | None = None
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
         if self.hp.cpu_bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
@@ -243,6 +244,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """Put the networks into training mode and announce the switch of stages."""
         self._iterations_done_in_epoch = 0
+        self._unlabeled_terms_are_on = False
         self._guard.start_epoch()
         super().on_train_epoch_start()
         for network in self.networks:
@@ -259,7 +261,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.labeled_overlap = None
         with self.autocast():
-            terms = scaled(self.loss_terms(labeled, unlabeled), self.unlabeled_terms, self.learned.share())
+            full = self.loss_terms(labeled, unlabeled)
+            terms = scaled(full, self.unlabeled_terms, self.learned.share())
             total = weighted_sum(terms)
         norms = backward(total, self.networks, self.optimizer, self.grad_scaler)
         # One transfer for all values: a step waits for the device no more often than the stock trainer's.
@@ -281,6 +284,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         keys = [*labeled["keys"], *(unlabeled["keys"] if unlabeled is not None else ())]
         self._guard.note(is_finite, {name: by_name[name] for name in terms}, keys)
         self.after_step()
+        self._unlabeled_terms_are_on = any(full[name].weight > 0 for name in self.unlabeled_terms if name in full)
         self._iterations_done_in_epoch += 1
         return {"loss": loss, "terms": logged, "finite": is_finite}
 
@@ -314,8 +318,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             wanted = every > 0 and (epoch % every == 0 or epoch == self.num_epochs)
             stability = self.monitor.look(self, picture_file(self.output_folder, epoch) if wanted else None)
             self.logger.log(TermLogger.key(STABILITY), stability, self.current_epoch)
-        waiting = [self.learned.describe()] if self.unlabeled_terms and self.in_second_stage else []
-        for line in [*self.logger.local_logger.lines(), *filter(None, waiting)]:
+        waiting = self.learned.describe() if self._unlabeled_terms_are_on else None
+        for line in [*self.logger.local_logger.lines(), *filter(None, [waiting])]:
             self.print_to_log_file(line)
         super().on_epoch_end()
 

@@ -20,6 +20,7 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_ssl.demo.commands import Commands
+from nnunet_ssl.files import write_atomically
 from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.splits import hide_labels
 
@@ -262,10 +263,10 @@ class Experiment:
         return self.out / "test_predictions" / self.model(training).name / f"fold_{training.fold}"
 
     def compare(self, name: str, trainings: Mapping[str, Sequence[Training]]) -> None:
-        """Write reports, and print tables of Dice, IoU and HD95: of validation cases, and of test cases.
+        """Write reports, and write and print tables of Dice, IoU and HD95: of validation cases, and of test cases.
 
         Args:
-            name: Of the report's folder, and the title.
+            name: Of the folder of reports and tables.md, and the title.
             trainings: By row, one per split.
         """
         first = next(iter(trainings.values()))
@@ -283,17 +284,24 @@ class Experiment:
                 "nnunet-ssl", "compare", *target, "-tr", *names, "-p", *plans, "-o", str(report), "-np", "2"
             )
             _collect(report / "comparison.csv", rows, [str(first[i].fold) for i in chosen], values)
-        _print_tables(f"{name}, validation cases", values, [split.name for split in self.splits])
-        if self.arguments.test_images is None:
-            return
-        values = {}
+        columns = [split.name for split in self.splits]
+        tables = _tables(f"{name}, validation cases", values, columns)
+        if self.arguments.test_images is not None:
+            tables += _tables(f"{name}, test cases", self._compare_test_cases(reports, trainings), columns)
+        write_atomically(str(reports / "tables.md"), tables.encode())
+        print(tables, end="", flush=True)
+
+    def _compare_test_cases(
+        self, reports: Path, trainings: Mapping[str, Sequence[Training]]
+    ) -> dict[str, dict[str, list[np.ndarray]]]:
+        values: dict[str, dict[str, list[np.ndarray]]] = {}
         for i, split in enumerate(self.splits):
             report = reports / f"test_{split.base}_{split.draw}"
             folders = [f"{row}={self._test_predictions(of_row[i])}" for row, of_row in trainings.items()]
             words = ("--labels", str(self.arguments.test_labels), "--images", str(self.arguments.test_images))
             self.commands.run("nnunet-ssl", "compare", "--predictions", *folders, *words, "-o", str(report), "-np", "2")
             _collect(report / "comparison.csv", trainings, [""], values)
-        _print_tables(f"{name}, test cases", values, [split.name for split in self.splits])
+        return values
 
 
 # What is printed, in percent or in the unit of distances that comparison.csv names.
@@ -320,17 +328,18 @@ def _collect(file: Path, rows: Iterable[str], folds: Sequence[str], values: dict
                 by_row.setdefault(row, []).append(np.array(means))
 
 
-def _print_tables(title: str, values: Mapping[str, Mapping[str, list]], runs: Sequence[str]) -> None:
+def _tables(title: str, values: Mapping[str, Mapping[str, list]], runs: Sequence[str]) -> str:
     """Mean and standard deviation over splits, each split, and each structure over all splits."""
+    lines = []
     for metric, by_row in values.items():
         structures = list(by_row[""][0])
-        print(f"\n{title}, {metric}\n")
-        print(f"| | mean ± sd | {' | '.join(runs)} | {' | '.join(structures)} |")
-        print("|---" * (2 + len(runs) + len(structures)) + "|")
+        lines += ["", f"{title}, {metric}", "", f"| | mean ± sd | {' | '.join(runs)} | {' | '.join(structures)} |"]
+        lines.append("|---" * (2 + len(runs) + len(structures)) + "|")
         for row, per_split in by_row.items():
             if row:
                 table = np.stack(per_split)
                 per_run, per_structure = np.nanmean(table, 1), np.nanmean(table, 0)
                 spread = per_run.std(ddof=1) if len(per_run) > 1 else 0.0
                 cells = [f"{per_run.mean():.1f} ± {spread:.1f}", *(f"{v:.1f}" for v in (*per_run, *per_structure))]
-                print(f"| {row} | {' | '.join(cells)} |", flush=True)
+                lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

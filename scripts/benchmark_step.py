@@ -53,7 +53,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar=("FILE", "CONFIGURATION"),
-        help="a case of nnU-Net's own",
+        help="a case of nnU-Net's own; dataset.json lies beside the file",
     )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="of the loaders")
     parser.add_argument("--sides", type=int, nargs="+", default=[24, 32, 48, 64, 96], help="of patches")

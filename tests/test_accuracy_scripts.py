@@ -66,6 +66,8 @@ def test_smoke(tmp_path, script, dims, rows):
         assert all(name in table.splitlines()[0] for name in list(LABELS)[1:])
     if test:
         assert "2 labeled, test cases, Dice in percent" in printed
+    (written,) = (tmp_path / "out" / "reports").rglob("tables.md")
+    assert printed.endswith(written.read_text())
     reports = list((tmp_path / "out" / "reports").rglob("report.html"))
     assert len(reports) == (2 if test else 1)
 

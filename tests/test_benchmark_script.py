@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -28,3 +29,15 @@ def test_every_table_is_made(case):
     found = re.split(r"^(\w+)$", done.stdout, flags=re.MULTILINE)
     tables = {name: re.findall(r"^\| (?!-)", text, re.MULTILINE) for name, text in zip(found[1::2], found[2::2])}
     assert {name: len(lines) - 1 for name, lines in tables.items()} == PARTS
+
+
+def test_plans_are_measured_with_the_labels_of_their_data_set(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from benchmarking.setups import case_of_plans, planned
+
+    plans = planned("small", (32, 32), 4, features=(4, 8)).plans | {"dataset_name": "Dataset001_Regions"}
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3, "ignore": 4}
+    description = {"channel_names": {"0": "x"}, "labels": labels, "regions_class_order": [1, 2, 3]}
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    assert case_of_plans(tmp_path / "plans.json", "2d").num_labels == 4

@@ -128,11 +128,13 @@ def test_steps_without_a_share_are_supervised_ones(tiny: TinyDataset, cls):
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
-def test_the_log_says_what_is_waited_for(tiny: TinyDataset):
-    trainer = tiny.trainer(SEMI[-1], supervised_fraction=0.0, num_epochs=1, learned_dice=0.5)
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_log_says_what_is_waited_for(tiny: TinyDataset, weight):
+    off = {f"{name}_weight": weight for name in SEMI[-1].unlabeled_terms if not name.endswith("_partner")}
+    trainer = tiny.trainer(SEMI[-1], supervised_fraction=0.0, num_epochs=1, learned_dice=0.5, **off)
     trainer.run_training()
     with open(trainer.log_file) as text:
-        assert "The unlabeled terms count by 0." in text.read()
+        assert ("The unlabeled terms count by 0." in text.read()) == (weight > 0)
 
 
 def test_a_method_that_tells_nothing_is_refused(tiny: TinyDataset):

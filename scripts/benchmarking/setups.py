@@ -141,9 +141,13 @@ def small_cases() -> list[Case]:
 
 
 def case_of_plans(file: Path, configuration: str) -> Case:
-    """nnU-Net's plans of a data set, with their own patch, batch and network."""
-    plans = load_json(str(file))
-    return Case(f"{plans['dataset_name']} {configuration}", plans, configuration)
+    """nnU-Net's plans of a data set: own patch, batch and network, and the labels of the dataset.json beside them.
+
+    Regions count as the labels that they are made of.
+    """
+    plans, description = load_json(str(file)), load_json(str(file.parent / "dataset.json"))
+    num_labels = len(PlansManager(plans).get_label_manager(description).all_labels)
+    return Case(f"{plans['dataset_name']} {configuration}", plans, configuration, num_labels)
 
 
 def make_trainer(cls: type, case: Case, device: torch.device, bfloat16: bool = False, **settings: Any) -> nnUNetTrainer:
