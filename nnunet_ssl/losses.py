@@ -39,10 +39,11 @@ def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, cou
         first: Probabilities p (B, K, *S).
         second: Probabilities or a one-hot map q (B, K, *S).
         mask: (B, 1, *S), boolean or 0/1; voxels at 0 do not count. All count if absent.
-        counted: (B, K), boolean; the classes of each image over which the mean is taken. All count if absent.
+        counted: (B, K), boolean; the classes of each image over which its mean is taken; an image in which none counts
+            adds 0 to the mean over images. All count if absent.
 
     Returns:
-        Scalar in [0, 1]; 0 where nothing is counted.
+        Scalar in [0, 1].
     """
     overlap = first * second
     union = first + second - overlap
@@ -55,7 +56,8 @@ def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, cou
     loss = 1.0 - (overlap.sum(axes) + SMOOTH) / (union.sum(axes) + SMOOTH)
     if counted is None:
         return loss.mean()
-    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
+    # A mean per image first: an image weighs the same whatever the others show, also where those are on other devices.
+    return (torch.where(counted, loss, 0.0).sum(1) / counted.sum(1).clamp_min(1)).mean()
 
 
 @torch.no_grad()

@@ -26,9 +26,10 @@ def random_probabilities(shape, classes=3, seed=0):
 
 
 def soft_iou_by_hand(p, q, mask, counted=None):
-    """1 - mean over images and classes, in plain loops."""
-    values = []
+    """Mean over images of 1 - mean over classes, in plain loops."""
+    of_images = []
     for b in range(p.shape[0]):
+        values = []
         for k in range(p.shape[1]):
             if counted is not None and not counted[b][k]:
                 continue
@@ -38,7 +39,8 @@ def soft_iou_by_hand(p, q, mask, counted=None):
                     overlap += x * y
                     union += x + y - x * y
             values.append((overlap + SMOOTH) / (union + SMOOTH))
-    return 1 - np.mean(values)
+        of_images.append(1 - np.mean(values) if values else 0.0)
+    return np.mean(of_images)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,6 +80,12 @@ def test_soft_iou_of_counted_classes_equals_loops():
     assert loss.item() == pytest.approx(by_hand)
     loss.backward()
     assert torch.equal(p.grad.flatten(2).any(2), counted)
+    # Images on two devices, each with a mean of its own, are worth what they are worth in one batch.
+    alone = [soft_iou_loss(p[i : i + 1], q[i : i + 1], mask[i : i + 1], counted[i : i + 1]) for i in range(2)]
+    assert loss.item() == pytest.approx(sum(alone).item() / 2)
+    counted[1] = False
+    by_hand = soft_iou_by_hand(p.detach().numpy(), q.numpy(), mask.numpy(), counted.tolist())
+    assert soft_iou_loss(p, q, mask, counted).item() == pytest.approx(by_hand)
     nothing = soft_iou_loss(p, q, mask, torch.zeros_like(counted))
     assert nothing.item() == 0.0
     (gradient,) = torch.autograd.grad(nothing, p)
