@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +23,15 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.files import write_atomically
+from nnunet_ssl.hyperparameters import PLANS_KEY
+from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.precision import cpu_has_bfloat16
+from nnunet_ssl.run_record import RECORD_FILE
 from nnunet_ssl.splits import hide_labels
 
 _SMALL = "nnUNetPlansSmall"
+# They decide on patch, batch and network; the plans with them are made once.
+_NETWORK_OPTIONS = ("downscale", "patch_size", "batch_size", "base_features", "max_features")
 # Memory stays with the process, as on a GPU: returning it to the kernel after every step costs a fifth of the time.
 _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
@@ -132,7 +139,6 @@ class Experiment:
         self.dataset = arguments.data.resolve().name
         self.preprocessed = self.out / "nnUNet_preprocessed" / self.dataset
         self.results = self.out / "nnUNet_results" / self.dataset
-        self.splits = [Split(*pair) for pair in zip(arguments.folds, arguments.draws)]
         budget = [f"num_epochs={arguments.epochs}", f"num_iterations_per_epoch={arguments.iterations}"]
         if arguments.devices[0] == "cpu":
             budget += ["num_val_iterations_per_epoch=1", f"cpu_bfloat16={str(cpu_has_bfloat16()).lower()}"]
@@ -140,6 +146,13 @@ class Experiment:
         self._prepare()
 
     def _prepare(self) -> None:
+        network = {option: getattr(self.arguments, option) for option in _NETWORK_OPTIONS}
+        asked = {"data set": self.dataset, "configuration": self.configuration, **network}
+        record = self.out / "experiment.json"
+        made = load_json(str(record)) if record.exists() else asked
+        if made != asked:
+            raise SystemExit(f"{self.out} holds plans made for {made}, not for {asked}; use another --out.")
+        write_atomically(str(record), json.dumps(asked, indent=2).encode())
         raw = self.out / "nnUNet_raw" / self.dataset
         raw.mkdir(parents=True, exist_ok=True)
         parts = {part.name: part for part in self.arguments.data.resolve().iterdir()}
@@ -154,11 +167,10 @@ class Experiment:
             self.commands.run("nnUNetv2_plan_experiment", "-d", number)
         if not (self.preprocessed / f"{_SMALL}.json").exists():
             options = []
-            for name in ("downscale", "patch_size", "batch_size", "base_features", "max_features"):
-                value = getattr(self.arguments, name)
+            for option, value in network.items():
                 if value is not None:
                     values = value if isinstance(value, list) else [value]
-                    options += [f"--{name.replace('_', '-')}", *map(str, values)]
+                    options += [f"--{option.replace('_', '-')}", *map(str, values)]
             target = ("-d", self.dataset, "-o", _SMALL, "-c", self.configuration)
             self.commands.run("nnunet-ssl", "configure", *target, *options)
             plans = ("-c", self.configuration, "-plans_name", _SMALL, "-np", "2")
@@ -166,6 +178,12 @@ class Experiment:
         if self.arguments.test_images is not None:
             plans = ("-c", self.configuration, "-p", _SMALL, "-np", "2")
             self.commands.run("nnunet-ssl", "preprocess", "-d", self.dataset, "--test-images", *plans)
+
+    def splits(self, labeled: str) -> list[Split]:
+        """The splits with so many labels: draws do not differ where every case keeps its label."""
+        if labeled == "all":
+            return [Split(base, 0) for base in dict.fromkeys(self.arguments.folds)]
+        return [Split(*pair) for pair in zip(self.arguments.folds, self.arguments.draws)]
 
     def fold(self, split: Split, labeled: str) -> int:
         """The number of the fold in splits_final.json that keeps so many labels; made where it is missing."""
@@ -185,28 +203,46 @@ class Experiment:
         raise SystemExit(f"{file} has no fold with {labeled} labels from {split.name}; remove it to start anew.")
 
     def configure(self, variant: Variant, plans: str, settings: Sequence[str] = ()) -> None:
-        """Write the plans of a variant's trainings.
-
-        Raises:
-            SystemExit: Where a training under that name had other settings.
-        """
+        """Write the plans of a variant's trainings."""
         chosen = [*self.settings, *settings, *variant.settings]
         pairs = [word for setting in chosen for word in ("--set", setting)]
         network = ["-c", self.configuration, "--partner-network"] if variant.partner_network else []
         source = ("-d", self.dataset, "-p", _SMALL, "-o", plans, "--overwrite")
         self.commands.run("nnunet-ssl", "configure", *source, *network, *pairs)
-        used = self.model(Training(variant, plans, 0)) / "plans.json"
-        if used.exists() and load_json(str(used)) != load_json(str(self.preprocessed / f"{plans}.json")):
-            raise SystemExit(f"{used.parent} was trained with other settings than those asked for; use another --out.")
 
     def model(self, training: Training) -> Path:
         """nnU-Net's folder of a model, over all its folds."""
         return self.results / f"nnUNetTrainer{training.variant.trainer}__{training.plans}__{self.configuration}"
 
+    def _refuse_other_settings(self, training: Training) -> None:
+        """What was trained with other plans, or with defaults that have changed since, must not enter a table."""
+        model, planned = self.model(training), load_json(str(self.preprocessed / f"{training.plans}.json"))
+        record = model / f"fold_{training.fold}" / RECORD_FILE
+        if not record.exists():
+            return
+        (cls,) = (t for t in TRAINERS if t.__name__ == f"nnUNetTrainer{training.variant.trainer}")
+        wanted = cls.hyperparameters_class.from_plans(planned, [t.hyperparameters_class for t in TRAINERS]).as_dict()
+        wanted = json.loads(json.dumps(wanted))
+        used = load_json(str(record))["hyperparameters"]
+        changed = sorted(name for name in {*wanted, *used} if wanted.get(name) != used.get(name))
+        # Settings of other methods make no difference.
+        network, used_network = (
+            {key: value for key, value in plans.items() if key != PLANS_KEY}
+            for plans in (planned, load_json(str(model / "plans.json")))
+        )
+        if changed or used_network != network:
+            differences = ", ".join(f"{n} {used.get(n)} and not {wanted.get(n)}" for n in changed) or "another network"
+            raise SystemExit(f"{record.parent} was trained with {differences}; use another --out.")
+
     def run(self, trainings: Iterable[Training]) -> None:
-        """Do what is left of the trainings and of the predictions of test cases, on every device one at a time."""
+        """Do what is left of the trainings and of the predictions of test cases, on every device one at a time.
+
+        Raises:
+            SystemExit: Where one that is there was trained with other settings than those asked for.
+        """
         waiting: queue.Queue[Training] = queue.Queue()
-        for training in trainings:
+        for training in dict.fromkeys(trainings):
+            self._refuse_other_settings(training)
             waiting.put(training)
         failures: list[BaseException] = []
 
@@ -254,27 +290,31 @@ class Experiment:
             target = (self.dataset, self.configuration, str(training.fold), *words, trainer, "-device", kind, *go_on)
             commands.run("nnUNetv2_train", *target, epochs=self.arguments.epochs)
         output = self._test_predictions(training)
-        if self.arguments.test_images is not None and not (output / "predict_from_raw_data_args.json").exists():
-            source = ("-i", str(self.arguments.test_images), "-o", str(output), "-f", str(training.fold))
+        if self.arguments.test_images is not None and not output.exists():
+            unfinished = output.with_name(f"{output.name}.part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            source = ("-i", str(self.arguments.test_images), "-o", str(unfinished), "-f", str(training.fold))
             target = ("-d", self.dataset, "-c", self.configuration, *words, trainer, "-device", kind)
             commands.run("nnUNetv2_predict", *source, *target, "-npp", "1", "-nps", "1")
+            os.replace(unfinished, output)
 
     def _test_predictions(self, training: Training) -> Path:
         return self.out / "test_predictions" / self.model(training).name / f"fold_{training.fold}"
 
-    def compare(self, name: str, trainings: Mapping[str, Sequence[Training]]) -> None:
+    def compare(self, name: str, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]) -> None:
         """Write reports, and write and print tables of Dice, IoU and HD95: of validation cases, and of test cases.
 
         Args:
             name: Of the folder of reports and tables.md, and the title.
+            splits: The columns.
             trainings: By row, one per split.
         """
         first = next(iter(trainings.values()))
         reports = self.out / "reports" / name.replace(" ", "_").replace(",", "")
         values: dict[str, dict[str, list[np.ndarray]]] = {}
         # Splits that hold out the same cases go to reports of their own.
-        for draw in sorted({split.draw for split in self.splits}):
-            chosen = [i for i, split in enumerate(self.splits) if split.draw == draw]
+        for draw in sorted({split.draw for split in splits}):
+            chosen = [i for i, split in enumerate(splits) if split.draw == draw]
             rows = {row: [of_row[i] for i in chosen] for row, of_row in trainings.items()}
             report = reports / f"draw_{draw}"
             target = ("-d", self.dataset, "-c", self.configuration, "-f", *(str(first[i].fold) for i in chosen))
@@ -284,18 +324,18 @@ class Experiment:
                 "nnunet-ssl", "compare", *target, "-tr", *names, "-p", *plans, "-o", str(report), "-np", "2"
             )
             _collect(report / "comparison.csv", rows, [str(first[i].fold) for i in chosen], values)
-        columns = [split.name for split in self.splits]
+        columns = [split.name for split in splits]
         tables = _tables(f"{name}, validation cases", values, columns)
         if self.arguments.test_images is not None:
-            tables += _tables(f"{name}, test cases", self._compare_test_cases(reports, trainings), columns)
+            tables += _tables(f"{name}, test cases", self._compare_test_cases(reports, splits, trainings), columns)
         write_atomically(str(reports / "tables.md"), tables.encode())
         print(tables, end="", flush=True)
 
     def _compare_test_cases(
-        self, reports: Path, trainings: Mapping[str, Sequence[Training]]
+        self, reports: Path, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]
     ) -> dict[str, dict[str, list[np.ndarray]]]:
         values: dict[str, dict[str, list[np.ndarray]]] = {}
-        for i, split in enumerate(self.splits):
+        for i, split in enumerate(splits):
             report = reports / f"test_{split.base}_{split.draw}"
             folders = [f"{row}={self._test_predictions(of_row[i])}" for row, of_row in trainings.items()]
             words = ("--labels", str(self.arguments.test_labels), "--images", str(self.arguments.test_images))
@@ -309,7 +349,11 @@ _METRICS = ("IoU", "Dice", "HD95")
 
 
 def _collect(file: Path, rows: Iterable[str], folds: Sequence[str], values: dict[str, dict[str, list]]) -> None:
-    """Add to ``values``, by metric and row, the means over cases (structures,) of every fold of a comparison."""
+    """Add to ``values``, by metric and row, what cases have in every fold of a comparison.
+
+    That is an array (2, structures): means, and how many cases have no value, as a structure that was not predicted has
+    no distance.
+    """
     with open(file, newline="") as text:
         records = list(csv.DictReader(text))
     written = list(dict.fromkeys(record["trainer"] for record in records))
@@ -320,12 +364,16 @@ def _collect(file: Path, rows: Iterable[str], folds: Sequence[str], values: dict
         by_row = values.setdefault(f"{metric} {unit}", {"": [np.array(structures)]})
         for row, trainer in zip(rows, written):
             for fold in folds:
-                found = {s: [] for s in structures}
+                found: dict[str, list[float]] = {s: [] for s in structures}
                 for record in records:
-                    if record["trainer"] == trainer and record["fold"] == fold and record[column]:
-                        found[record["structure"]].append(float(record[column]))
-                means = [factor * np.mean(of_one) if of_one else np.nan for of_one in found.values()]
-                by_row.setdefault(row, []).append(np.array(means))
+                    if record["trainer"] == trainer and record["fold"] == fold:
+                        found[record["structure"]].append(float(record[column] or "nan"))
+                missing = [np.isnan(of_one).sum() for of_one in found.values()]
+                means = [
+                    factor * np.nanmean(of_one) if len(of_one) > absent else np.nan
+                    for of_one, absent in zip(found.values(), missing)
+                ]
+                by_row.setdefault(row, []).append(np.array([means, missing]))
 
 
 def _tables(title: str, values: Mapping[str, Mapping[str, list]], runs: Sequence[str]) -> str:
@@ -335,11 +383,16 @@ def _tables(title: str, values: Mapping[str, Mapping[str, list]], runs: Sequence
         structures = list(by_row[""][0])
         lines += ["", f"{title}, {metric}", "", f"| | mean ± sd | {' | '.join(runs)} | {' | '.join(structures)} |"]
         lines.append("|---" * (2 + len(runs) + len(structures)) + "|")
+        without: list[str] = []
         for row, per_split in by_row.items():
             if row:
-                table = np.stack(per_split)
+                table, missing = np.stack(per_split, 1)
+                if missing.any():
+                    without.append(f"{row} {missing.sum():.0f}")
                 per_run, per_structure = np.nanmean(table, 1), np.nanmean(table, 0)
                 spread = per_run.std(ddof=1) if len(per_run) > 1 else 0.0
                 cells = [f"{per_run.mean():.1f} ± {spread:.1f}", *(f"{v:.1f}" for v in (*per_run, *per_structure))]
                 lines.append(f"| {row} | {' | '.join(cells)} |")
+        if without:
+            lines += ["", f"Left out, because a structure is missing there: {', '.join(without)} structures of cases"]
     return "\n".join(lines) + "\n"

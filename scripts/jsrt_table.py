@@ -12,7 +12,7 @@ defaults of the trainers were tuned on them. Finished trainings are kept: the sc
 
 from __future__ import annotations
 
-from accuracy import Experiment, Training, Variant, parse_arguments
+from accuracy import Experiment, Split, Training, Variant, parse_arguments
 
 # These labels name sides, which mirrored or turned images hardly tell apart.
 UPRIGHT = ("mirror_axes=[]", "rotation_degrees=15")
@@ -40,21 +40,19 @@ SCALES = {
 def main() -> None:
     arguments = parse_arguments(__doc__, SCALES, ROWS)
     experiment = Experiment(arguments, "2d", SETTINGS.get(arguments.scale, UPRIGHT))
-    tables: dict[str, dict[str, list[Training]]] = {}
+    tables: dict[str, tuple[list[Split], dict[str, list[Training]]]] = {}
     for seed in arguments.seeds:
         plans = "nnUNetPlansTable_upright" + (f"_{seed}" if seed != 1 else "")
         experiment.configure(ROWS["Supervised"], plans, [f"seed={seed}"])
         for labeled in arguments.labeled:
             title = f"{labeled} labeled" + (f", seed {seed}" if len(arguments.seeds) > 1 else "")
-            folds = [experiment.fold(split, labeled) for split in experiment.splits]
-            tables[title] = {
-                row: [Training(ROWS[row], plans, fold) for fold in folds]
-                for row in arguments.rows
-                if labeled != "all" or row not in NEED_UNLABELED
-            }
-    experiment.run(training for table in tables.values() for row in table.values() for training in row)
-    for title, table in tables.items():
-        experiment.compare(title, table)
+            splits = experiment.splits(labeled)
+            folds = [experiment.fold(split, labeled) for split in splits]
+            rows = [row for row in arguments.rows if labeled != "all" or row not in NEED_UNLABELED]
+            tables[title] = splits, {row: [Training(ROWS[row], plans, fold) for fold in folds] for row in rows}
+    experiment.run(training for _, table in tables.values() for row in table.values() for training in row)
+    for title, (splits, table) in tables.items():
+        experiment.compare(title, splits, table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ resumes where it stopped.
 
 from __future__ import annotations
 
-from accuracy import Experiment, Training, Variant, parse_arguments
+from accuracy import Experiment, Split, Training, Variant, parse_arguments
 
 from nnunet_ssl.methods import nnUNetTrainerDualNet
 
@@ -61,15 +61,16 @@ def main() -> None:
         for name in sorted({plans[variant, seed] for variant in variants}):
             variant = next(v for v in variants if plans[v, seed] == name)
             experiment.configure(variant, name, [f"seed={seed}"])
-    tables: dict[str, dict[str, list[Training]]] = {}
+    tables: dict[str, tuple[list[Split], dict[str, list[Training]]]] = {}
     for labeled in arguments.labeled:
-        folds = [experiment.fold(split, labeled) for split in experiment.splits]
+        splits = experiment.splits(labeled)
+        folds = [experiment.fold(split, labeled) for split in splits]
         for seed in arguments.seeds:
             title = f"{labeled} labeled" + (f", seed {seed}" if len(arguments.seeds) > 1 else "")
-            tables[title] = {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in variants}
-    experiment.run(training for table in tables.values() for row in table.values() for training in row)
-    for title, table in tables.items():
-        experiment.compare(title, table)
+            tables[title] = splits, {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in variants}
+    experiment.run(training for _, table in tables.values() for row in table.values() for training in row)
+    for title, (splits, table) in tables.items():
+        experiment.compare(title, splits, table)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -41,11 +43,15 @@ def write_dataset(folder: Path, dims: int) -> None:
     (folder / "dataset.json").write_text(json.dumps(content))
 
 
-def run(script: str, *words: str) -> str:
+def start(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(SCRIPTS / script), *words], env=environment, capture_output=True, text=True, timeout=600
     )
+
+
+def run(script: str, *words: str) -> str:
+    done = start(script, *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -82,20 +88,62 @@ def test_smoke(tmp_path, script, dims, rows):
     assert len(trained) == len(rows)
     for log in (tmp_path / "out").rglob("training_log*.txt"):
         assert "skipped" not in log.read_text()
+    unfinished = list((tmp_path / "out" / "test_predictions").glob("*/fold_*"))[:1]
+    for folder in unfinished:
+        # As a prediction leaves it that was killed before its last case.
+        folder.rename(f"{folder}.part")
+        next(Path(f"{folder}.part").glob("*.png")).unlink()
     again = run(script, *words)
     assert "nnUNetv2_train" not in again
+    assert again.count("$ nnUNetv2_predict") == len(unfinished) == bool(test)
+    assert again.endswith(written.read_text())
     assert again[again.index("\n2 labeled, validation") :].count("|") > 20
     assert trained == {p: p.stat().st_mtime_ns for p in trained}
+    for other, message in (
+        (("--set", "learned_dice=0"), "learned_dice 0.5 and not 0"),
+        (("--base-features", "8"), "8"),
+    ):
+        refused = start(script, *words, *other)
+        assert refused.returncode == 1
+        assert "use another --out" in refused.stderr
+        assert message in refused.stderr
 
 
-def test_other_settings_are_refused(tmp_path):
+def test_options_that_do_not_fit_are_refused(tmp_path):
     data = tmp_path / "Dataset951_Chests"
     write_dataset(data, 2)
     for words, message in ((("--folds", "0", "1"), "--draws 1"), (("--test-images", "x"), "go together")):
-        done = subprocess.run(
-            [sys.executable, str(SCRIPTS / "jsrt_table.py"), "--data", str(data), "--out", str(tmp_path / "out"),
-             "--scale", "smoke", *words], capture_output=True, text=True,
-        )  # fmt: skip
+        out = ("--data", str(data), "--out", str(tmp_path / "out"), "--scale", "smoke")
+        done = start("jsrt_table.py", *out, *words)
         assert done.returncode == 2
         assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("accuracy")
+
+
+def test_draws_count_once_where_every_case_keeps_its_label(accuracy):
+    asked = argparse.Namespace(arguments=argparse.Namespace(folds=[0, 1, 0], draws=[0, 0, 1]))
+    assert [s.name for s in accuracy.Experiment.splits(asked, "5")] == ["fold 0", "fold 1", "fold 0, draw 1"]
+    assert [s.name for s in accuracy.Experiment.splits(asked, "all")] == ["fold 0", "fold 1"]
+
+
+def test_tables_are_means_and_say_what_has_no_distance(accuracy, tmp_path):
+    rows = [("A", 0, "x", 0.5, 2.0), ("A", 0, "x", 0.7, ""), ("A", 0, "y", 0.9, 4.0), ("A", 0, "y", 0.7, 6.0)]
+    rows += [("A", 1, "x", 0.4, ""), ("A", 1, "y", 0.6, 3.0), ("B", 0, "x", 1.0, 1.0), ("B", 0, "y", 0.5, 1.0)]
+    rows += [("B", 1, "x", 0.6, 1.0), ("B", 1, "y", 0.5, 5.0)]
+    lines = ["trainer,fold,structure,Dice,IoU,HD95_mm", *(f"{t},{f},{s},{d},{d},{h}" for t, f, s, d, h in rows)]
+    (tmp_path / "comparison.csv").write_text("\n".join(lines))
+    values = {}
+    accuracy._collect(tmp_path / "comparison.csv", ["first", "second"], ["0", "1"], values)
+    text = accuracy._tables("title", values, ["fold 0", "fold 1"])
+    # (70 + 50) / 2; folds of (60 + 80) / 2 and (40 + 60) / 2, structures of (60 + 40) / 2 and (80 + 60) / 2.
+    assert "title, Dice in percent\n" in text
+    assert "| first | 60.0 ± 14.1 | 70.0 | 50.0 | 50.0 | 70.0 |\n" in text
+    assert "| first | 3.2 ± 0.4 | 3.5 | 3.0 | 2.0 | 4.0 |\n| second | 2.0 ± 1.4 | 1.0 | 3.0 | 1.0 | 3.0 |\n" in text
+    assert text.endswith("\nLeft out, because a structure is missing there: first 2 structures of cases\n")
+    assert text.count("Left out") == 1

@@ -15,6 +15,7 @@ from benchmarking.setups import MEASURED, Case, autocast_of, make_step, output_s
 from benchmarking.timing import header, peak_of_process, ratio_of, row, time_in_turns
 from nnunet_ssl.losses import downsample_target
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSupTC
+from nnunet_ssl.networks import full_resolution, split_outputs
 
 # The stock trainer's bound on the norm of a network's gradient.
 _GRADIENT_NORM = 12
@@ -23,41 +24,49 @@ _GRADIENT_NORM = 12
 def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -> Callable[[], object]:
     """nnU-Net's own step on the passes that a method needs, with its networks and its optimizer.
 
-    That is: forward passes, nnU-Net's loss on every output that has a gradient, backward, clipping, optimizer.
+    That is: forward passes, nnU-Net's loss on every output that the method compares with labels, the plainest gradient
+    on the others (of their mean), backward, clipping, optimizer.
 
     Supervised needs one pass of the labeled batch; SupTC, SemiTC and SemiTC+ one of two versions of everything.
     DualNet's student learns from everything; its teacher learns from the labeled batch and labels the unlabeled one.
-    FDPL's networks learn from everything, and label two crops of the unlabeled images.
+    FDPL's networks learn from everything, with nnU-Net's loss on pseudo-labels too, and label two crops of unlabeled
+    images.
     """
     labeled, unlabeled = (
         torch.randn(n, trainer.num_input_channels, *case.patch).to(trainer.device) for n in (num_labeled, num_unlabeled)
     )
     both = torch.cat([labeled, unlabeled])
     networks = getattr(trainer, "networks", [trainer.network])
-    learning: list[tuple[nn.Module, torch.Tensor]] = [(networks[0], labeled)]
+    # What networks learn from: how many have labels, which come first.
+    learning: list[tuple[nn.Module, torch.Tensor, int]] = [(networks[0], labeled, num_labeled)]
     labeling: list[tuple[nn.Module, torch.Tensor]] = []
     if isinstance(trainer, nnUNetTrainerSupTC):
-        learning = [(networks[0], torch.cat([both, both]))]
+        learning = [(networks[0], torch.cat([labeled, labeled, unlabeled, unlabeled]), 2 * num_labeled)]
     elif isinstance(trainer, nnUNetTrainerDualNet):
-        learning = [(networks[0], labeled), (networks[1], both)]
+        learning = [(networks[0], labeled, num_labeled), (networks[1], both, num_labeled)]
         labeling = [(networks[0], unlabeled)]
     elif isinstance(trainer, nnUNetTrainerFDPL):
-        learning = [(network, both) for network in networks]
+        learning = [(network, both, len(both)) for network in networks]
         # Where images leave no room for a shift, both crops are one.
         crops = torch.cat([unlabeled] * (2 if any(trainer.unlabeled_margin) else 1))
         labeling = [(network, crops) for network in networks]
     shapes = output_shapes(trainer, case)
     targets = [
         downsample_target(
-            torch.randint(0, case.num_labels, (len(x), 1, *case.patch), device=x.device).to(torch.int16), shapes
+            torch.randint(0, case.num_labels, (num, 1, *case.patch), device=trainer.device).to(torch.int16), shapes
         )
-        for _, x in learning
+        for _, _, num in learning
     ]
+
+    def loss_of(network: nn.Module, x: torch.Tensor, num: int, target: Any) -> torch.Tensor:
+        with_labels, without = split_outputs(network(x), num)
+        loss: torch.Tensor = trainer.loss(with_labels, target)
+        return loss + full_resolution(without).float().mean() if num < len(x) else loss
 
     def floor() -> None:
         trainer.optimizer.zero_grad(set_to_none=True)
         with autocast_of(trainer):
-            loss = sum(trainer.loss(network(x), target) for (network, x), target in zip(learning, targets))
+            loss = sum(loss_of(*what, target) for what, target in zip(learning, targets))
         scaler = trainer.grad_scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
         with autocast_of(trainer), torch.no_grad():
