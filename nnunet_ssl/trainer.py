@@ -48,8 +48,10 @@ from nnunet_ssl.unlabeled_data import (
     describe_cases,
     find_unlabeled_cases,
     hidden_cases,
+    joined,
     make_unlabeled_loader,
     share_batch,
+    to_device,
 )
 
 # Hyper-parameters that nnU-Net's trainer holds as attributes of the same name.
@@ -63,9 +65,9 @@ _FINAL = "checkpoint_final.pth"
 class SemiSupervisedTrainer(Method, nnUNetTrainer):
     """nnU-Net's trainer with a second loader, for cases without labels, and with named loss terms.
 
-    The total batch is the plan's, shared between labeled and unlabeled examples in stage 2; a plan's batch of 1
-    becomes 1 + 1. Training may run in two stages: labels alone first, then everything, with the learning rate
-    restarted at the switch.
+    The total batch is the plan's, all labeled in stage 1, shared between labeled and unlabeled examples in stage 2; a
+    plan's batch of 1 becomes 2, then 1 + 1. Training may run in two stages: labels alone first, then everything, with
+    the learning rate restarted at the switch.
 
     What a method adds is declared by ``Method``. A second network is trained by the same optimizer, saved, resumed and
     exported.
@@ -87,8 +89,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         check_configuration(plans, configuration, plans_file)
         check_dataset_json(dataset_json, "dataset.json")
         self.hp = self._read_hyperparameters(plans)
-        planned = PlansManager(plans).get_configuration(configuration)
-        check_mirror_axes(self.hp, planned.patch_size)
+        check_mirror_axes(self.hp, PlansManager(plans).get_configuration(configuration).patch_size)
         self._files = f"{plans_file} or dataset.json"
         with using(self._files):
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -158,9 +159,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             total, self.oversample_foreground_percent
         )
         self.probabilistic_oversampling = True
-        self.print_to_log_file(
-            f"Batch of {total}: {self.batch_size} labeled + {self.unlabeled_batch_size} unlabeled examples"
-        )
+        shared = f"{self.batch_size} labeled + {self.unlabeled_batch_size} unlabeled examples"
+        self.print_to_log_file(f"Batch of {total}: {shared}{', all labeled in stage 1' if self.switch_epoch else ''}")
 
     def configure_optimizers(self) -> tuple[Optimizer, Any]:
         """nnU-Net's optimizer; its learning rate restarts at the switch of stages."""
@@ -253,11 +253,14 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             self.print_to_log_file("Stage 2: the semi-supervised terms are on, the learning rate restarts")
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One optimizer step on the labeled batch and, in stage 2, an unlabeled one; none if it is not finite."""
-        labeled = self._to_device(batch)
+        """One optimizer step on the labeled batch and an unlabeled (stage 1: labeled) one; none if it is not finite."""
         unlabeled = None
-        if self.dataloader_unlabeled is not None and self.in_second_stage:
-            unlabeled = self._to_device(next(self.dataloader_unlabeled))
+        if self.dataloader_unlabeled is not None:
+            if self.in_second_stage:
+                unlabeled = to_device(next(self.dataloader_unlabeled), self.device)
+            else:
+                batch = joined(batch, next(self.dataloader_train), self.batch_size + self.unlabeled_batch_size)
+        labeled = to_device(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.labeled_overlap = None
         with self.autocast():
@@ -393,6 +396,3 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         from nnunet_ssl.methods import TRAINERS  # the table imports the methods, which import this module
 
         return cls.hyperparameters_class.from_plans(plans, [t.hyperparameters_class for t in TRAINERS])
-
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -310,6 +310,17 @@ def share_batch(total: int, centered_fraction: float) -> tuple[int, int, float]:
     return max(1, total - unlabeled), unlabeled, centered / total
 
 
+def joined(first: dict[str, Any], second: dict[str, Any], total: int) -> dict[str, Any]:
+    """Two labeled batches as one, without the examples beyond ``total``: what stage 1 learns from."""
+    tensors = {name: torch.cat([first[name], second[name]])[:total] for name in ("data", "target")}
+    return {**tensors, "keys": [*first["keys"], *second["keys"]][:total]}
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device; what is no tensor stays."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
 def make_unlabeled_loader(
     trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledCase], augmentation: Augmentation
 ) -> Iterator[dict[str, Any]]:

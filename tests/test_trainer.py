@@ -123,6 +123,25 @@ def test_progress_of_a_stage(tiny):
     ]
 
 
+@pytest.mark.parametrize("batch_size", [4, 3])
+def test_the_batch_is_all_labeled_in_stage_1(tiny, batch_size):
+    tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5)
+    loss_terms, seen = trainer.loss_terms, []
+
+    def watched(labeled, unlabeled):
+        assert len(labeled["data"]) == len(labeled["target"]) == len(labeled["keys"])
+        seen.append((len(labeled["data"]), 0 if unlabeled is None else len(unlabeled["data"])))
+        distinct = torch.unique(labeled["data"].flatten(1), dim=0)
+        assert len(distinct) == len(labeled["data"])
+        return loss_terms(labeled, unlabeled)
+
+    trainer.loss_terms = watched
+    trainer.run_training()
+    assert seen == [(batch_size, 0)] * 4 + [(batch_size - batch_size // 2, batch_size // 2)] * 4
+    assert "all labeled in stage 1" in log_of(trainer)
+
+
 def test_progress_png_shows_the_terms(tmp_path, monkeypatch):
     monkeypatch.undo()
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
