@@ -162,9 +162,15 @@ def test_4_equals_the_stock_trainer_with_everything_switched_off(tmp_path, train
     stock.network.load_state_dict(trainer.network.state_dict())
     scales = stock._get_deep_supervision_scales()
     labeled, unlabeled = tiny.batches(trainer)
+    more, _ = tiny.batches(trainer, seed=1)
     feed(trainer, unlabeled)
+    trainer.dataloader_train = iter(lambda: more, None)
     before = parameters(trainer)
     for epoch in range(4):
+        learned_from = labeled
+        if epoch < 2 and trainer.uses_unlabeled:
+            # What is unlabeled in stage 2 is labeled in stage 1.
+            learned_from = {name: torch.cat([labeled[name], more[name]]) for name in ("data", "target")}
         if epoch == 2:
             # The learning rate restarts with the second stage; stock nnU-Net knows no stages.
             stock.lr_scheduler.step(0)
@@ -175,12 +181,14 @@ def test_4_equals_the_stock_trainer_with_everything_switched_off(tmp_path, train
         stock.optimizer.param_groups[0]["lr"] = trainer.optimizer.param_groups[0]["lr"]
         targets = [
             torch.nn.functional.interpolate(
-                labeled["target"].float(), [round(side * s) for side, s in zip(tiny.patch, scale)], mode="nearest-exact"
+                learned_from["target"].float(),
+                [round(side * s) for side, s in zip(tiny.patch, scale)],
+                mode="nearest-exact",
             ).to(torch.int16)
             for scale in scales
         ]
         ours = trainer.train_step(labeled)["terms"][0]
-        theirs = stock.train_step({"data": labeled["data"], "target": targets})["loss"]
+        theirs = stock.train_step({"data": learned_from["data"], "target": targets})["loss"]
         assert ours == pytest.approx(float(theirs), abs=1e-4)
     after = parameters(trainer)
     assert max((a - b).abs().max() for a, b in zip(before, after)) > 1e-3, "nothing was trained"
