@@ -254,13 +254,14 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One optimizer step on the labeled batch and an unlabeled (stage 1: labeled) one; none if it is not finite."""
-        unlabeled = None
+        labeled, unlabeled = to_device(batch, self.device), None
         if self.dataloader_unlabeled is not None:
             if self.in_second_stage:
                 unlabeled = to_device(next(self.dataloader_unlabeled), self.device)
             else:
-                batch = joined(batch, next(self.dataloader_train), self.batch_size + self.unlabeled_batch_size)
-        labeled = to_device(batch, self.device)
+                # Joined on the device: a joint copy on the host would not lie in pinned memory.
+                more = to_device(next(self.dataloader_train), self.device)
+                labeled = joined(labeled, more, self.batch_size + self.unlabeled_batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         self.labeled_overlap = None
         with self.autocast():
