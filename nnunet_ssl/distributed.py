@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_ssl.cpu import own_cores
 from nnunet_ssl.errors import UserError
 
 
@@ -68,7 +69,7 @@ def joined_processes(kind: str) -> Iterator[torch.device]:
             )
         torch.cuda.set_device(local_rank())
     # As nnUNetv2_train does: the work on a GPU needs one thread.
-    torch.set_num_threads(1 if kind == "cuda" else max(1, (os.cpu_count() or 1) // on_this_machine))
+    torch.set_num_threads(1 if kind == "cuda" else max(1, len(own_cores()) // on_this_machine))
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     yield device_of_process(torch.device(kind))
     # Not after an error: with others waiting for this process it could block, and the error would never be printed.

@@ -13,16 +13,6 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether PyTorch computes convolutions in bfloat16 with vector instructions of this CPU.
-
-    Where it does not, it emulates them, tens of times slower than float32.
-    """
-    # The condition of PyTorch's own dispatch; not public, so a version without it counts as no.
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is not None and bool(supported())
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switches autocast off: under it, matrix products return half precision whatever they are given."""
     # As in nnU-Net, which uses no autocast elsewhere: older versions refuse even to switch it off for mps.

@@ -25,6 +25,7 @@ from nnunet_ssl.augmentation import Augmentation, adjust, check_mirror_axes, war
 from nnunet_ssl.background_workers import WatchedAugmenter
 from nnunet_ssl.cascade import check_complete, check_no_hidden_labels, previous_stage
 from nnunet_ssl.checkpoint import read_state, restore_random_state, write_checkpoint
+from nnunet_ssl.cpu import prepare_cpu
 from nnunet_ssl.distributed import data_parallel, device_of_process, mean_over_ranks
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.learned import LearnedStructures, names_of_channels
@@ -34,7 +35,6 @@ from nnunet_ssl.networks import bare, build_partner, set_deep_supervision
 from nnunet_ssl.nnunet_files import check_configuration, check_dataset_json, check_labels_of_cases, using
 from nnunet_ssl.nnunet_names import replaced_in_trainer_module
 from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, scaled, step, weighted_sum
-from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.preprocessing import preprocessing_settings
 from nnunet_ssl.run_record import note_validation, write_record
 from nnunet_ssl.schedules import RestartingPolyLRScheduler
@@ -116,8 +116,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self._unlabeled_terms_are_on = False
         self._state_to_restore: dict[str, Any] | None = None
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
-        if self.hp.cpu_bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
-            self.print_to_log_file("WARNING: this CPU emulates bfloat16; cpu_bfloat16=false trains much faster.")
+        if device.type == "cpu":
+            prepare_cpu(self.hp.cpu_bfloat16, self.print_to_log_file)
 
     # ---- nnU-Net's hooks, in the order of a training ----------------------------------------------------------------
 

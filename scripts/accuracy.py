@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
+from nnunet_ssl.cpu import cpu_has_bfloat16, own_cores
 from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.files import write_atomically
 from nnunet_ssl.hyperparameters import PLANS_KEY
 from nnunet_ssl.methods import TRAINERS
-from nnunet_ssl.precision import cpu_has_bfloat16
 from nnunet_ssl.run_record import RECORD_FILE
 from nnunet_ssl.splits import hide_labels
 
@@ -274,8 +274,7 @@ class Experiment:
             number = device.partition(":")[2] or "0"
             return Commands(self.out, {"CUDA_VISIBLE_DEVICES": number}, quiet=len(self.arguments.devices) > 1)
         sharing = self.arguments.devices.count("cpu")
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        own = list(cores)[place::sharing] or list(cores)
+        own = own_cores()[place::sharing] or own_cores()
         environment = {"OMP_NUM_THREADS": str(len(own)), "OMP_WAIT_POLICY": "PASSIVE", **_KEEP_MEMORY}
         return Commands(self.out, environment, cores=own if sharing > 1 else None, quiet=sharing > 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from made_up_results import Results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_ssl.cpu import own_cores
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
 
@@ -36,8 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure() -> None:
     # More threads than cores this process may use would wait for each other.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(min(2, available))
+    torch.set_num_threads(min(2, len(own_cores())))
 
 
 def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4, ssl: dict | None = None) -> dict:

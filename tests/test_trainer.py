@@ -208,10 +208,23 @@ def test_bfloat16_on_the_cpu_is_off_by_default(tiny):
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("has", [True, False])
 def test_bfloat16_on_a_cpu_without_it_is_warned_about(tiny, monkeypatch, asked, has):
-    monkeypatch.setattr("nnunet_ssl.trainer.cpu_has_bfloat16", lambda: has)
+    monkeypatch.setattr("nnunet_ssl.cpu.cpu_has_bfloat16", lambda: has)
     trainer = tiny.trainer(TRAINERS[0], cpu_bfloat16=asked)
     (log,) = Path(trainer.output_folder).glob("training_log*")
     assert ("this CPU emulates bfloat16" in log.read_text()) == (asked and not has)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [([1], 1), ([0, 1, 2, 3], 2)])
+def test_no_more_threads_than_cores(tiny, monkeypatch, cores, threads):
+    """nnUNetv2_train asks for one per core of the machine, also in a process that was given a single one."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("nnunet_ssl.cpu.own_cores", lambda: cores)
+    try:
+        torch.set_num_threads(2)
+        tiny.trainer(TRAINERS[0])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("supervised_loss", ["nnunet", "soft_iou"])
