@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nnunet_ssl.cpu import own_cores
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers_folder import trainers_folder
 
@@ -51,8 +52,9 @@ class Commands:
             "PYTHONUNBUFFERED": "1",
         }
         # A worker more than cores only gets in the way.
-        self.environment.setdefault("nnUNet_n_proc_DA", str(max(1, min(4, (os.cpu_count() or 2) // 2))))
-        self.environment.setdefault("nnUNet_def_n_proc", str(min(4, os.cpu_count() or 2)))
+        available = len(self.cores or own_cores())
+        self.environment.setdefault("nnUNet_n_proc_DA", str(max(1, min(4, available // 2))))
+        self.environment.setdefault("nnUNet_def_n_proc", str(min(4, available)))
         self.environment.update(environment or {})
 
     def run(self, *words: str, epochs: int = 0) -> None:
