@@ -45,7 +45,7 @@ from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.unlabeled_data import (
     UnlabeledCase,
     cases_with_ignored_voxels,
-    describe_cases,
+    describe_training,
     find_unlabeled_cases,
     hidden_cases,
     joined,
@@ -152,15 +152,14 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
 
     def _set_batch_size_and_oversample(self) -> None:
         super()._set_batch_size_and_oversample()
-        if not self.uses_unlabeled:
-            return
-        total: int = self.batch_size
-        self.batch_size, self.unlabeled_batch_size, self.oversample_foreground_percent = share_batch(
-            total, self.oversample_foreground_percent
-        )
-        self.probabilistic_oversampling = True
-        shared = f"{self.batch_size} labeled + {self.unlabeled_batch_size} unlabeled examples"
-        self.print_to_log_file(f"Batch of {total}: {shared}{', all labeled in stage 1' if self.switch_epoch else ''}")
+        if self.uses_unlabeled:
+            self.probabilistic_oversampling = True
+            self._share_batch(1, 1)  # the cases are not known yet
+
+    def _share_batch(self, labeled_cases: int, unlabeled_cases: int) -> None:
+        total, centered = self.batch_size + self.unlabeled_batch_size, self.oversample_foreground_percent
+        shares = share_batch(total, centered, labeled_cases, unlabeled_cases)
+        self.batch_size, self.unlabeled_batch_size, self.oversample_foreground_percent = shares
 
     def configure_optimizers(self) -> tuple[Optimizer, Any]:
         """nnU-Net's optimizer; its learning rate restarts at the switch of stages."""
@@ -229,7 +228,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         check_no_hidden_labels(self, hidden_cases(self.preprocessed_dataset_folder, self.fold))
         if self.uses_unlabeled:
             self._unlabeled_cases = self.find_unlabeled_cases()
-            self.print_to_log_file(f"Training with {describe_cases(self._unlabeled_cases)}")
+            self._share_batch(len(train), len(self._unlabeled_cases))
+            self.print_to_log_file(describe_training(self, self._unlabeled_cases))
         super().on_train_start()
         if self.local_rank == 0:
             write_record(self, self._unlabeled_cases)

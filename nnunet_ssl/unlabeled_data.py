@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,25 +288,34 @@ def _check_disjoint(cases: Sequence[UnlabeledCase], others: Sequence[str], meani
         )
 
 
-def describe_cases(cases: Sequence[UnlabeledCase]) -> str:
-    """One line for the log: "95 unlabeled cases (95 hidden label)"."""
-    sources = [case.source for case in cases]
-    counts = ", ".join(f"{int(n)} {s}" for s, n in zip(*np.unique(sources, return_counts=True)))
-    return f"{len(cases)} unlabeled cases ({counts})"
+def describe_training(trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledCase]) -> str:
+    """One line for the log: "Training with 95 unlabeled cases (95 hidden label), 2 labeled + 2 unlabeled per batch"."""
+    counts = ", ".join(f"{n} {source}" for source, n in sorted(Counter(case.source for case in cases).items()))
+    batch = f"{trainer.batch_size} labeled + {trainer.unlabeled_batch_size} unlabeled per batch"
+    first = ", labeled alone in stage 1" if trainer.switch_epoch else ""
+    return f"Training with {len(cases)} unlabeled cases ({counts}), {batch}{first}"
 
 
-def share_batch(total: int, centered_fraction: float) -> tuple[int, int, float]:
-    """Share the plan's batch between labeled and unlabeled examples, half each, at least one of either.
+def share_batch(
+    total: int, centered_fraction: float, labeled_cases: int, unlabeled_cases: int
+) -> tuple[int, int, float]:
+    """Share the plan's batch between labeled and unlabeled examples, at least one of either.
+
+    Half each, as in the papers, whose unlabeled cases are the many. Where they are the few, they get no more than their
+    share of the cases: every unlabeled example takes the place of a labeled one.
 
     Args:
         total: The plan's batch size.
         centered_fraction: Of the labeled examples that nnU-Net centers on a structure.
+        labeled_cases: How many there are to draw from.
+        unlabeled_cases: The same.
 
     Returns:
         Labeled and unlabeled examples per step, and the fraction that nnU-Net really reaches with a batch of
         ``total``: of 2 it centers 1, not 0.33, on a structure.
     """
-    unlabeled = max(1, total // 2)
+    share = unlabeled_cases / (labeled_cases + unlabeled_cases)
+    unlabeled = max(1, min(total // 2, round(total * share)))
     centered = total - round(total * (1 - centered_fraction))
     return max(1, total - unlabeled), unlabeled, centered / total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -27,8 +28,8 @@ from nnunet_ssl.unlabeled_data import (
     UnlabeledCase,
     UnlabeledDataLoader,
     UnlabeledDataset,
-    describe_cases,
     outside_of_mask,
+    share_batch,
 )
 
 
@@ -109,11 +110,6 @@ def test_leaks_and_gaps_are_refused(tiny, parts, message):
     change_split(tiny, **parts)
     with pytest.raises(UserError, match=message):
         tiny.trainer(nnUNetTrainerSemiTC).find_unlabeled_cases()
-
-
-def test_describe_cases():
-    cases = [UnlabeledCase(str(i), "", "imagesUn" if i else "hidden label") for i in range(3)]
-    assert describe_cases(cases) == "3 unlabeled cases (1 hidden label, 2 imagesUn)"
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
@@ -281,6 +277,28 @@ def test_the_batch_is_shared_between_labeled_and_unlabeled(tiny, planned, labele
     assert trainer.probabilistic_oversampling
     stock_centered = planned - round(planned * 0.67)
     assert trainer.oversample_foreground_percent == pytest.approx(stock_centered / planned)
+
+
+def test_few_unlabeled_cases_get_their_share_of_the_batch(tiny):
+    """They take the place of labeled examples: 3 cases beside 4 labeled ones are 3 of 8 examples, not 4."""
+    shutil.rmtree(f"{tiny.folder}{UNLABELED_SUFFIX}")
+    tiny.plans["configurations"]["2d"]["batch_size"] = 8
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5)
+    trainer.on_train_start()
+    assert len(next(trainer.dataloader_train)["data"]) == trainer.batch_size == 5
+    assert len(next(trainer.dataloader_unlabeled)["data"]) == 3
+    assert trainer.oversample_foreground_percent == pytest.approx(3 / 8)
+    log = Path(trainer.log_file).read_text()
+    assert "(3 hidden label), 5 labeled + 3 unlabeled per batch, labeled alone in stage 1" in log
+
+
+@pytest.mark.parametrize("total", range(2, 9))
+def test_a_share_is_the_nearest_possible(total):
+    for labeled, unlabeled in itertools.product(range(1, 9), repeat=2):
+        parts = share_batch(total, 0.33, labeled, unlabeled)
+        assert parts[0] + parts[1] == total
+        wanted = min(max(total * unlabeled / (labeled + unlabeled), 1), total // 2)
+        assert abs(parts[1] - wanted) <= 0.5
 
 
 def test_background_workers(tiny, monkeypatch):

@@ -195,7 +195,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
 
 
 class nnUNetTrainerSemiTC(nnUNetTrainerSupTC):
-    """Half of each batch labeled, half unlabeled; the consistency term on both."""
+    """Each batch labeled in part, unlabeled in part; the consistency term on both."""
 
     uses_unlabeled: ClassVar[bool] = True
 
