@@ -7,7 +7,6 @@ on several devices at once.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import queue
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from accuracy_tables import Values, collect, overview, tables
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_ssl.cpu import cpu_has_bfloat16, own_cores
@@ -180,10 +179,12 @@ class Experiment:
             self.commands.run("nnunet-ssl", "preprocess", "-d", self.dataset, "--test-images", *plans)
 
     def splits(self, labeled: str) -> list[Split]:
-        """The splits with so many labels: draws do not differ where every case keeps its label."""
+        """The splits with so many labels, draw by draw; draws do not differ where every case keeps its label."""
         if labeled == "all":
             return [Split(base, 0) for base in dict.fromkeys(self.arguments.folds)]
-        return [Split(*pair) for pair in zip(self.arguments.folds, self.arguments.draws)]
+        pairs = zip(self.arguments.folds, self.arguments.draws)
+        # The tables' order of values, too: each draw has a report of its own.
+        return sorted((Split(*pair) for pair in pairs), key=lambda split: split.draw)
 
     def fold(self, split: Split, labeled: str) -> int:
         """The number of the fold in splits_final.json that keeps so many labels; made where it is missing."""
@@ -300,17 +301,33 @@ class Experiment:
     def _test_predictions(self, training: Training) -> Path:
         return self.out / "test_predictions" / self.model(training).name / f"fold_{training.fold}"
 
-    def compare(self, name: str, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]) -> None:
+    def compare(self, comparisons: Mapping[str, tuple[Sequence[Split], Mapping[str, Sequence[Training]]]]) -> None:
         """Write reports, and write and print tables of Dice, IoU and HD95: of validation cases, and of test cases.
 
         Args:
-            name: Of the folder of reports and tables.md, and the title.
-            splits: The columns.
-            trainings: By row, one per split.
+            comparisons: By title, which is the name of their folder of reports and tables.md too: the splits, which are
+                columns, and by row a training per split. Several share an overview.md, where each is one column.
         """
+        found: dict[str, dict[str, Values]] = {"validation cases": {}, "test cases": {}}
+        for title, (splits, trainings) in comparisons.items():
+            reports = self.out / "reports" / title.replace(" ", "_").replace(",", "")
+            found["validation cases"][title] = self._compare_validation_cases(reports, splits, trainings)
+            if self.arguments.test_images is not None:
+                found["test cases"][title] = self._compare_test_cases(reports, splits, trainings)
+            columns = [split.name for split in splits]
+            _write_and_print(
+                reports / "tables.md",
+                (tables(f"{title}, {cases}", of[title], columns) for cases, of in found.items() if of),
+            )
+        if len(comparisons) > 1:
+            file = self.out / "reports" / "overview.md"
+            _write_and_print(file, (overview(cases, of) for cases, of in found.items() if of))
+
+    def _compare_validation_cases(
+        self, reports: Path, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]
+    ) -> Values:
         first = next(iter(trainings.values()))
-        reports = self.out / "reports" / name.replace(" ", "_").replace(",", "")
-        values: dict[str, dict[str, list[np.ndarray]]] = {}
+        values: Values = {}
         # Splits that hold out the same cases go to reports of their own.
         for draw in sorted({split.draw for split in splits}):
             chosen = [i for i, split in enumerate(splits) if split.draw == draw]
@@ -322,76 +339,23 @@ class Experiment:
             self.commands.run(
                 "nnunet-ssl", "compare", *target, "-tr", *names, "-p", *plans, "-o", str(report), "-np", "2"
             )
-            _collect(report / "comparison.csv", rows, [str(first[i].fold) for i in chosen], values)
-        columns = [split.name for split in splits]
-        tables = _tables(f"{name}, validation cases", values, columns)
-        if self.arguments.test_images is not None:
-            tables += _tables(f"{name}, test cases", self._compare_test_cases(reports, splits, trainings), columns)
-        write_atomically(str(reports / "tables.md"), tables.encode())
-        print(tables, end="", flush=True)
+            collect(report / "comparison.csv", rows, [str(first[i].fold) for i in chosen], values)
+        return values
 
     def _compare_test_cases(
         self, reports: Path, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]
-    ) -> dict[str, dict[str, list[np.ndarray]]]:
-        values: dict[str, dict[str, list[np.ndarray]]] = {}
+    ) -> Values:
+        values: Values = {}
         for i, split in enumerate(splits):
             report = reports / f"test_{split.base}_{split.draw}"
             folders = [f"{row}={self._test_predictions(of_row[i])}" for row, of_row in trainings.items()]
             words = ("--labels", str(self.arguments.test_labels), "--images", str(self.arguments.test_images))
             self.commands.run("nnunet-ssl", "compare", "--predictions", *folders, *words, "-o", str(report), "-np", "2")
-            _collect(report / "comparison.csv", trainings, [""], values)
+            collect(report / "comparison.csv", trainings, [""], values)
         return values
 
 
-# What is printed, in percent or in the unit of distances that comparison.csv names.
-_METRICS = ("IoU", "Dice", "HD95")
-
-
-def _collect(file: Path, rows: Iterable[str], folds: Sequence[str], values: dict[str, dict[str, list]]) -> None:
-    """Add to ``values``, by metric and row, what cases have in every fold of a comparison.
-
-    That is an array (2, structures): means, and how many cases have no value, as a structure that was not predicted has
-    no distance.
-    """
-    with open(file, newline="") as text:
-        records = list(csv.DictReader(text))
-    written = list(dict.fromkeys(record["trainer"] for record in records))
-    structures = list(dict.fromkeys(record["structure"] for record in records))
-    for metric in _METRICS:
-        column = next(c for c in records[0] if c.partition("_")[0] == metric)
-        factor, unit = (100.0, "in percent") if column == metric else (1.0, f"in {column.partition('_')[2]}")
-        by_row = values.setdefault(f"{metric} {unit}", {"": [np.array(structures)]})
-        for row, trainer in zip(rows, written):
-            for fold in folds:
-                found: dict[str, list[float]] = {s: [] for s in structures}
-                for record in records:
-                    if record["trainer"] == trainer and record["fold"] == fold:
-                        found[record["structure"]].append(float(record[column] or "nan"))
-                missing = [np.isnan(of_one).sum() for of_one in found.values()]
-                means = [
-                    factor * np.nanmean(of_one) if len(of_one) > absent else np.nan
-                    for of_one, absent in zip(found.values(), missing)
-                ]
-                by_row.setdefault(row, []).append(np.array([means, missing]))
-
-
-def _tables(title: str, values: Mapping[str, Mapping[str, list]], runs: Sequence[str]) -> str:
-    """Mean and standard deviation over splits, each split, and each structure over all splits."""
-    lines = []
-    for metric, by_row in values.items():
-        structures = list(by_row[""][0])
-        lines += ["", f"{title}, {metric}", "", f"| | mean ± sd | {' | '.join(runs)} | {' | '.join(structures)} |"]
-        lines.append("|---" * (2 + len(runs) + len(structures)) + "|")
-        without: list[str] = []
-        for row, per_split in by_row.items():
-            if row:
-                table, missing = np.stack(per_split, 1)
-                if missing.any():
-                    without.append(f"{row} {missing.sum():.0f}")
-                per_run, per_structure = np.nanmean(table, 1), np.nanmean(table, 0)
-                spread = per_run.std(ddof=1) if len(per_run) > 1 else 0.0
-                cells = [f"{per_run.mean():.1f} ± {spread:.1f}", *(f"{v:.1f}" for v in (*per_run, *per_structure))]
-                lines.append(f"| {row} | {' | '.join(cells)} |")
-        if without:
-            lines += ["", f"Left out, because a structure is missing there: {', '.join(without)} structures of cases"]
-    return "\n".join(lines) + "\n"
+def _write_and_print(file: Path, parts: Iterable[str]) -> None:
+    text = "".join(parts)
+    write_atomically(str(file), text.encode())
+    print(text, end="", flush=True)

@@ -51,8 +51,7 @@ def main() -> None:
             rows = [row for row in arguments.rows if labeled != "all" or row not in NEED_UNLABELED]
             tables[title] = splits, {row: [Training(ROWS[row], plans, fold) for fold in folds] for row in rows}
     experiment.run(training for _, table in tables.values() for row in table.values() for training in row)
-    for title, (splits, table) in tables.items():
-        experiment.compare(title, splits, table)
+    experiment.compare(tables)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,7 @@ def main() -> None:
             title = f"{labeled} labeled" + (f", seed {seed}" if len(arguments.seeds) > 1 else "")
             tables[title] = splits, {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in variants}
     experiment.run(training for _, table in tables.values() for row in table.values() for training in row)
-    for title, (splits, table) in tables.items():
-        experiment.compare(title, splits, table)
+    experiment.compare(tables)
 
 
 if __name__ == "__main__":

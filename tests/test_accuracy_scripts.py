@@ -126,24 +126,47 @@ def accuracy(monkeypatch):
     return importlib.import_module("accuracy")
 
 
-def test_draws_count_once_where_every_case_keeps_its_label(accuracy):
-    asked = argparse.Namespace(arguments=argparse.Namespace(folds=[0, 1, 0], draws=[0, 0, 1]))
-    assert [s.name for s in accuracy.Experiment.splits(asked, "5")] == ["fold 0", "fold 1", "fold 0, draw 1"]
-    assert [s.name for s in accuracy.Experiment.splits(asked, "all")] == ["fold 0", "fold 1"]
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("accuracy_tables")
 
 
-def test_tables_are_means_and_say_what_has_no_distance(accuracy, tmp_path):
+def test_splits_come_draw_by_draw_and_count_once_where_every_case_keeps_its_label(accuracy):
+    asked = argparse.Namespace(arguments=argparse.Namespace(folds=[0, 1, 0, 2], draws=[0, 0, 1, 0]))
+    names = ["fold 0", "fold 1", "fold 2", "fold 0, draw 1"]
+    assert [s.name for s in accuracy.Experiment.splits(asked, "5")] == names
+    assert [s.name for s in accuracy.Experiment.splits(asked, "all")] == names[:3]
+
+
+def made_up(folder, tables):
     rows = [("A", 0, "x", 0.5, 2.0), ("A", 0, "x", 0.7, ""), ("A", 0, "y", 0.9, 4.0), ("A", 0, "y", 0.7, 6.0)]
     rows += [("A", 1, "x", 0.4, ""), ("A", 1, "y", 0.6, 3.0), ("B", 0, "x", 1.0, 1.0), ("B", 0, "y", 0.5, 1.0)]
     rows += [("B", 1, "x", 0.6, 1.0), ("B", 1, "y", 0.5, 5.0)]
     lines = ["trainer,fold,structure,Dice,IoU,HD95_mm", *(f"{t},{f},{s},{d},{d},{h}" for t, f, s, d, h in rows)]
-    (tmp_path / "comparison.csv").write_text("\n".join(lines))
+    (folder / "comparison.csv").write_text("\n".join(lines))
     values = {}
-    accuracy._collect(tmp_path / "comparison.csv", ["first", "second"], ["0", "1"], values)
-    text = accuracy._tables("title", values, ["fold 0", "fold 1"])
+    tables.collect(folder / "comparison.csv", ["first", "second"], ["0", "1"], values)
+    return values
+
+
+def test_tables_are_means_and_say_what_has_no_distance(tables, tmp_path):
+    text = tables.tables("title", made_up(tmp_path, tables), ["fold 0", "fold 1"])
     # (70 + 50) / 2; folds of (60 + 80) / 2 and (40 + 60) / 2, structures of (60 + 40) / 2 and (80 + 60) / 2.
     assert "title, Dice in percent\n" in text
     assert "| first | 60.0 ± 14.1 | 70.0 | 50.0 | 50.0 | 70.0 |\n" in text
+    # (75 - 70 + 55 - 50) / 2, and (1 - 3.5 + 3 - 3) / 2.
+    assert text.count("Beside first: second +5.0 (+5.0, +5.0)\n") == 2
     assert "| first | 3.2 ± 0.4 | 3.5 | 3.0 | 2.0 | 4.0 |\n| second | 2.0 ± 1.4 | 1.0 | 3.0 | 1.0 | 3.0 |\n" in text
+    assert "Beside first: second -1.2 (-2.5, +0.0)\n" in text
     assert text.endswith("\nLeft out, because a structure is missing there: first 2 structures of cases\n")
     assert text.count("Left out") == 1
+
+
+def test_the_overview_has_a_column_per_comparison(tables, tmp_path):
+    values = made_up(tmp_path, tables)
+    fewer = {metric: {row: of for row, of in by_row.items() if row != "second"} for metric, by_row in values.items()}
+    text = tables.overview("test cases", {"5 labeled": values, "all labeled": fewer})
+    assert "\nTest cases, Dice in percent\n\n| | 5 labeled | all labeled |\n|---|---|---|\n" in text
+    assert "\n| first | 60.0 ± 14.1 | 60.0 ± 14.1 |\n| second | 65.0 ± 14.1 (+5.0) |  |\n" in text
+    assert "\n| second | 2.0 ± 1.4 (-1.2) |  |\n" in text
