@@ -43,12 +43,12 @@ from nnunet_ssl.step_guard import StepGuard
 from nnunet_ssl.term_logger import TermLogger
 from nnunet_ssl.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.unlabeled_data import (
+    LabeledBatches,
     UnlabeledCase,
     cases_with_ignored_voxels,
     describe_training,
     find_unlabeled_cases,
     hidden_cases,
-    joined,
     make_unlabeled_loader,
     share_batch,
     to_device,
@@ -113,6 +113,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         self.generator = torch.Generator()
         self._guard = StepGuard(self.print_to_log_file)
         self._iterations_done_in_epoch = 0
+        self._stage_1 = LabeledBatches()
         self._unlabeled_terms_are_on = False
         self._state_to_restore: dict[str, Any] | None = None
         self.print_to_log_file(f"Hyper-parameters: {self.hp.as_dict()}", add_timestamp=False)
@@ -244,6 +245,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """Put the networks into training mode and announce the switch of stages."""
         self._iterations_done_in_epoch = 0
+        self._stage_1 = LabeledBatches()  # a training that goes on from here has no leftovers either
         self._unlabeled_terms_are_on = False
         self._guard.start_epoch()
         super().on_train_epoch_start()
@@ -259,9 +261,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             if self.in_second_stage:
                 unlabeled = to_device(next(self.dataloader_unlabeled), self.device)
             else:
-                # Joined on the device: a joint copy on the host would not lie in pinned memory.
-                more = to_device(next(self.dataloader_train), self.device)
-                labeled = joined(labeled, more, self.batch_size + self.unlabeled_batch_size)
+                whole = self.batch_size + self.unlabeled_batch_size
+                labeled = self._stage_1.fill(labeled, self.dataloader_train, whole)
         self.optimizer.zero_grad(set_to_none=True)
         self.labeled_overlap = None
         with self.autocast():

@@ -292,7 +292,8 @@ def describe_training(trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledC
     """One line for the log: "Training with 95 unlabeled cases (95 hidden label), 2 labeled + 2 unlabeled per batch"."""
     counts = ", ".join(f"{n} {source}" for source, n in sorted(Counter(case.source for case in cases).items()))
     batch = f"{trainer.batch_size} labeled + {trainer.unlabeled_batch_size} unlabeled per batch"
-    first = ", labeled alone in stage 1" if trainer.switch_epoch else ""
+    total = trainer.batch_size + trainer.unlabeled_batch_size
+    first = f", all {total} labeled in stage 1" if trainer.switch_epoch else ""
     return f"Training with {len(cases)} unlabeled cases ({counts}), {batch}{first}"
 
 
@@ -301,11 +302,11 @@ def share_batch(
 ) -> tuple[int, int, float]:
     """Share the plan's batch between labeled and unlabeled examples, at least one of either.
 
-    Half each, as in the papers, whose unlabeled cases are the many. Where they are the few, they get no more than their
-    share of the cases: every unlabeled example takes the place of a labeled one.
+    Half each, as in the papers, whose unlabeled cases are the many. Where they are the few, they get the nearest number
+    to their share of the cases, because every unlabeled example takes the place of a labeled one.
 
     Args:
-        total: The plan's batch size.
+        total: The plan's batch size, or a process's part of it.
         centered_fraction: Of the labeled examples that nnU-Net centers on a structure.
         labeled_cases: How many there are to draw from.
         unlabeled_cases: The same.
@@ -320,10 +321,33 @@ def share_batch(
     return max(1, total - unlabeled), unlabeled, centered / total
 
 
-def joined(first: dict[str, Any], second: dict[str, Any], total: int) -> dict[str, Any]:
-    """Two labeled batches as one, without the examples beyond ``total``: what stage 1 learns from."""
-    tensors = {name: torch.cat([first[name], second[name]])[:total] for name in ("data", "target")}
-    return {**tensors, "keys": [*first["keys"], *second["keys"]][:total]}
+class LabeledBatches:
+    """Batches for stage 1: as many labeled examples as the plan's batch has, out of smaller labeled ones.
+
+    What is too many for one batch goes into the next: nothing is loaded in vain.
+    """
+
+    def __init__(self) -> None:
+        self._rest: list[dict[str, Any]] = []
+
+    def fill(self, batch: dict[str, Any], more: Iterator[dict[str, Any]], total: int) -> dict[str, Any]:
+        """A batch of ``total`` examples.
+
+        Args:
+            batch: Its first examples, after those that the last batch left over: ``data`` and ``target`` on a device,
+                and ``keys``.
+            more: Where to draw further ones. They are joined on the device of ``batch``, as a copy that joins them on
+                the host would not lie in pinned memory.
+            total: Wanted examples.
+        """
+        parts = [*self._rest, batch]
+        while sum(len(part["keys"]) for part in parts) < total:
+            parts.append(to_device(next(more), batch["data"].device))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in ("data", "target")}
+        keys = [key for part in parts for key in part["keys"]]
+        rest = {name: values[total:] for name, values in tensors.items()} | {"keys": keys[total:]}
+        self._rest = [rest] if rest["keys"] else []
+        return {name: values[:total] for name, values in tensors.items()} | {"keys": keys[:total]}
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

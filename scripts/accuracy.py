@@ -25,8 +25,10 @@ from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.files import write_atomically
 from nnunet_ssl.hyperparameters import PLANS_KEY
 from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.raw_images import TEST_FOLDER, UNLABELED_FOLDER
 from nnunet_ssl.run_record import RECORD_FILE
 from nnunet_ssl.splits import hide_labels
+from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 _SMALL = "nnUNetPlansSmall"
 # They decide on patch, batch and network; the plans with them are made once.
@@ -47,6 +49,15 @@ class Variant:
     trainer: str
     settings: tuple[str, ...] = ()
     partner_network: bool = False
+
+    @property
+    def trainer_class(self) -> type[SemiSupervisedTrainer]:
+        """Of the package."""
+        return next(t for t in TRAINERS if t.__name__ == f"nnUNetTrainer{self.trainer}")
+
+    def has_something_to_learn(self, labeled: str) -> bool:
+        """Whether so many labels leave images without: with all of them SemiTC+ has those of other cases."""
+        return labeled != "all" or not self.trainer_class.uses_unlabeled or self.trainer_class.transductive
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Training:
 
 
 def parse_arguments(
-    description: str, scales: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Any]
+    description: str, scales: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Variant]
 ) -> argparse.Namespace:
     """The options of a table's script; a scale sets those that are not given.
 
@@ -82,7 +93,10 @@ def parse_arguments(
         rows: What --rows may name.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the raw data set, named like Dataset501_JSRT")
+    parser.add_argument(
+        "--data", type=Path, required=True,
+        help="the raw data set, named like Dataset501_JSRT; of its images those in imagesTr are used",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder for everything the script makes")
     parser.add_argument(
         "--scale", choices=scales, default="cpu",
@@ -116,6 +130,9 @@ def parse_arguments(
             setattr(arguments, name, value)
     if len(arguments.draws) != len(arguments.folds):
         parser.error(f"--folds has {len(arguments.folds)} entries and --draws {len(arguments.draws)}; give as many.")
+    for labeled in arguments.labeled:
+        if not any(rows[row].has_something_to_learn(labeled) for row in arguments.rows):
+            parser.error(f"--labeled {labeled} leaves nothing without a label for {', '.join(arguments.rows)}.")
     if (arguments.test_images is None) != (arguments.test_labels is None):
         parser.error("--test-images and --test-labels go together.")
     return arguments
@@ -155,8 +172,11 @@ class Experiment:
         raw = self.out / "nnUNet_raw" / self.dataset
         raw.mkdir(parents=True, exist_ok=True)
         parts = {part.name: part for part in self.arguments.data.resolve().iterdir()}
+        # Unlabeled are the cases that hide their labels; test images come by an option of their own.
+        for other in (UNLABELED_FOLDER, TEST_FOLDER):
+            parts.pop(other, None)
         if self.arguments.test_images is not None:
-            parts["imagesTs"] = self.arguments.test_images.resolve()
+            parts[TEST_FOLDER] = self.arguments.test_images.resolve()
         for name, target in parts.items():
             if not (raw / name).exists():
                 os.symlink(target, raw / name, target_is_directory=target.is_dir())
@@ -221,10 +241,15 @@ class Experiment:
         record = model / f"fold_{training.fold}" / RECORD_FILE
         if not record.exists():
             return
-        (cls,) = (t for t in TRAINERS if t.__name__ == f"nnUNetTrainer{training.variant.trainer}")
+        cls = training.variant.trainer_class
         wanted = cls.hyperparameters_class.from_plans(planned, [t.hyperparameters_class for t in TRAINERS]).as_dict()
         wanted = json.loads(json.dumps(wanted))
-        used = load_json(str(record))["hyperparameters"]
+        recorded = load_json(str(record))
+        if cls.transductive and (TEST_FOLDER in recorded["unlabeled"].values()) != (
+            self.arguments.test_images is not None
+        ):
+            raise SystemExit(f"{record.parent} was trained with or without the test images; use another --out.")
+        used = recorded["hyperparameters"]
         changed = sorted(name for name in {*wanted, *used} if wanted.get(name) != used.get(name))
         # Settings of other methods make no difference.
         network, used_network = (

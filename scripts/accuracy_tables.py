@@ -59,7 +59,7 @@ def tables(title: str, values: Values, splits: Sequence[str]) -> str:
             table, missing = np.stack(by_row[row], 1)
             if missing.any():
                 without.append(f"{row} {missing.sum():.0f}")
-            cells = [_mean_and_spread(of_splits), *(f"{v:.1f}" for v in (*of_splits, *np.nanmean(table, 0)))]
+            cells = [_mean_and_spread(of_splits), *(f"{v:.1f}" for v in (*of_splits, *table.mean(0)))]
             lines.append(f"| {row} | {' | '.join(cells)} |")
         (name, first), *others = _rows(by_row).items()
         if others:
@@ -85,17 +85,17 @@ def overview(cases: str, by_title: Mapping[str, Values]) -> str:
     for metric in metrics:
         columns = {title: _rows(values[metric]) for title, values in by_title.items()}
         lines += ["", f"{cases.capitalize()}, {metric}", "", *_head(list(columns))]
-        for row in dict.fromkeys(row for rows in columns.values() for row in rows):
-            cells = [_in_overview(rows, row) for rows in columns.values()]
+        names = list(dict.fromkeys(row for rows in columns.values() for row in rows))
+        for row in names:
+            cells = [_in_overview(rows, row, names[0]) for rows in columns.values()]
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _in_overview(rows: Mapping[str, np.ndarray], row: str) -> str:
+def _in_overview(rows: Mapping[str, np.ndarray], row: str, first: str) -> str:
     if row not in rows:
         return ""
-    first = next(iter(rows))
-    gain = f" ({np.mean(rows[row] - rows[first]):+.1f})" if row != first else ""
+    gain = f" ({np.mean(rows[row] - rows[first]):+.1f})" if row != first and first in rows else ""
     return _mean_and_spread(rows[row]) + gain
 
 
@@ -104,10 +104,13 @@ def _head(columns: Sequence[str]) -> list[str]:
 
 
 def _rows(by_row: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
-    """The mean over structures of every split, by row."""
-    return {row: np.array([np.nanmean(means) for means, _ in splits]) for row, splits in by_row.items() if row}
+    """The mean over structures of every split, by row.
+
+    Not a number where a structure has no value in any case: a mean of the others would praise that it was not found.
+    """
+    return {row: np.array([np.mean(means) for means, _ in splits]) for row, splits in by_row.items() if row}
 
 
 def _mean_and_spread(of_splits: np.ndarray) -> str:
-    spread = of_splits.std(ddof=1) if len(of_splits) > 1 else 0.0
-    return f"{of_splits.mean():.1f} ± {spread:.1f}"
+    spread = f" ± {of_splits.std(ddof=1):.1f}" if len(of_splits) > 1 else ""
+    return f"{of_splits.mean():.1f}{spread}"

@@ -3,9 +3,9 @@
 
 For every split, some training cases of one of nnU-Net's folds keep their labels, the rest is unlabeled, and the final
 checkpoint is scored on the fold's validation cases at full resolution. All rows share labels, iterations, seeds,
-augmentation and plans; "partner" is the residual-encoder network that DualNet pairs with the plans' own. Folds 3 and 4
-are not reported by default: the defaults of the trainers were tuned on them. Finished trainings are kept: the script
-resumes where it stopped.
+augmentation, patch and batch; "Partner" trains the residual-encoder network that DualNet pairs with the plans' own.
+Folds 3 and 4 are not reported by default: the defaults of the trainers were tuned on them. Finished trainings are kept:
+the script resumes where it stopped.
 
     python scripts/left_atrium_table.py --data DIR/Dataset502_LeftAtrium --out DIR --devices cpu cpu
 """
@@ -67,7 +67,8 @@ def main() -> None:
         folds = [experiment.fold(split, labeled) for split in splits]
         for seed in arguments.seeds:
             title = f"{labeled} labeled" + (f", seed {seed}" if len(arguments.seeds) > 1 else "")
-            tables[title] = splits, {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in variants}
+            rows = [v for v in variants if v.has_something_to_learn(labeled)]
+            tables[title] = splits, {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in rows}
     experiment.run(training for _, table in tables.values() for row in table.values() for training in row)
     experiment.compare(tables)
 

@@ -63,6 +63,10 @@ def run(script: str, *words: str) -> str:
 def test_smoke(tmp_path, script, dims, rows):
     data = tmp_path / "Dataset951_Chests"
     write_dataset(data, dims)
+    for other in ("imagesUn", "imagesTs"):
+        # Others' images in the raw data set play no part.
+        (data / other).mkdir()
+        (data / other / f"other_0000{'.png' if dims == 2 else '.nii.gz'}").write_text("no image")
     test = ("--test-images", str(data / "imagesTest"), "--test-labels", str(data / "labelsTest")) if dims == 2 else ()
     words = ("--data", str(data), "--out", str(tmp_path / "out"), "--scale", "smoke", "--devices", "cpu", "cpu", *test)
     printed = run(script, *words)
@@ -112,7 +116,11 @@ def test_smoke(tmp_path, script, dims, rows):
 def test_options_that_do_not_fit_are_refused(tmp_path):
     data = tmp_path / "Dataset951_Chests"
     write_dataset(data, 2)
-    for words, message in ((("--folds", "0", "1"), "--draws 1"), (("--test-images", "x"), "go together")):
+    for words, message in (
+        (("--folds", "0", "1"), "--draws 1"),
+        (("--test-images", "x"), "go together"),
+        (("--labeled", "2", "all", "--rows", "SemiTC", "FDPL"), "all leaves nothing without a label for SemiTC, FDPL"),
+    ):
         out = ("--data", str(data), "--out", str(tmp_path / "out"), "--scale", "smoke")
         done = start("jsrt_table.py", *out, *words)
         assert done.returncode == 2
@@ -141,7 +149,7 @@ def test_splits_come_draw_by_draw_and_count_once_where_every_case_keeps_its_labe
 
 def made_up(folder, tables):
     rows = [("A", 0, "x", 0.5, 2.0), ("A", 0, "x", 0.7, ""), ("A", 0, "y", 0.9, 4.0), ("A", 0, "y", 0.7, 6.0)]
-    rows += [("A", 1, "x", 0.4, ""), ("A", 1, "y", 0.6, 3.0), ("B", 0, "x", 1.0, 1.0), ("B", 0, "y", 0.5, 1.0)]
+    rows += [("A", 1, "x", 0.4, 2.0), ("A", 1, "y", 0.6, 3.0), ("B", 0, "x", 1.0, 1.0), ("B", 0, "y", 0.5, 1.0)]
     rows += [("B", 1, "x", 0.6, 1.0), ("B", 1, "y", 0.5, 5.0)]
     lines = ["trainer,fold,structure,Dice,IoU,HD95_mm", *(f"{t},{f},{s},{d},{d},{h}" for t, f, s, d, h in rows)]
     (folder / "comparison.csv").write_text("\n".join(lines))
@@ -155,12 +163,30 @@ def test_tables_are_means_and_say_what_has_no_distance(tables, tmp_path):
     # (70 + 50) / 2; folds of (60 + 80) / 2 and (40 + 60) / 2, structures of (60 + 40) / 2 and (80 + 60) / 2.
     assert "title, Dice in percent\n" in text
     assert "| first | 60.0 ± 14.1 | 70.0 | 50.0 | 50.0 | 70.0 |\n" in text
-    # (75 - 70 + 55 - 50) / 2, and (1 - 3.5 + 3 - 3) / 2.
+    # (75 - 70 + 55 - 50) / 2, and (1 - 3.5 + 3 - 2.5) / 2.
     assert text.count("Beside first: second +5.0 (+5.0, +5.0)\n") == 2
-    assert "| first | 3.2 ± 0.4 | 3.5 | 3.0 | 2.0 | 4.0 |\n| second | 2.0 ± 1.4 | 1.0 | 3.0 | 1.0 | 3.0 |\n" in text
-    assert "Beside first: second -1.2 (-2.5, +0.0)\n" in text
-    assert text.endswith("\nLeft out, because a structure is missing there: first 2 structures of cases\n")
+    assert "| first | 3.0 ± 0.7 | 3.5 | 2.5 | 2.0 | 4.0 |\n| second | 2.0 ± 1.4 | 1.0 | 3.0 | 1.0 | 3.0 |\n" in text
+    assert "Beside first: second -1.0 (-2.5, +0.5)\n" in text
+    assert text.endswith("\nLeft out, because a structure is missing there: first 1 structures of cases\n")
     assert text.count("Left out") == 1
+
+
+def test_no_mean_praises_a_structure_that_was_never_found(tables):
+    found, missed = np.array([[10.0, 40.0], [0, 0]]), np.array([[10.0, np.nan], [0, 1]])
+    values = {"HD95 in mm": {"": [np.array(["a", "b"])], "first": [missed], "second": [found]}}
+    text = tables.tables("title", values, ["fold 0"])
+    assert "| first | nan | nan | 10.0 | nan |\n| second | 25.0 | 25.0 | 10.0 | 40.0 |\n" in text
+    assert "second +nan (+nan)" in text
+
+
+@pytest.mark.parametrize(("labeled", "rows"), [
+    ("5", ["Supervised", "SupTC", "SemiTC", "SemiTCPlus", "DualNet", "FDPL", "FDPL-cutmix"]),
+    ("all", ["Supervised", "SupTC", "SemiTCPlus"]),
+])  # fmt: skip
+def test_rows_that_have_something_to_learn(accuracy, labeled, rows):
+    known = importlib.import_module("left_atrium_table").ROWS
+    asked = ["Supervised", "SupTC", "SemiTC", "SemiTCPlus", "DualNet", "FDPL", "FDPL-cutmix"]
+    assert [row for row in asked if known[row].has_something_to_learn(labeled)] == rows
 
 
 def test_the_overview_has_a_column_per_comparison(tables, tmp_path):
@@ -169,4 +195,4 @@ def test_the_overview_has_a_column_per_comparison(tables, tmp_path):
     text = tables.overview("test cases", {"5 labeled": values, "all labeled": fewer})
     assert "\nTest cases, Dice in percent\n\n| | 5 labeled | all labeled |\n|---|---|---|\n" in text
     assert "\n| first | 60.0 ± 14.1 | 60.0 ± 14.1 |\n| second | 65.0 ± 14.1 (+5.0) |  |\n" in text
-    assert "\n| second | 2.0 ± 1.4 (-1.2) |  |\n" in text
+    assert "\n| second | 2.0 ± 1.4 (-1.0) |  |\n" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from nnunet_ssl.checkpoint import STATE_KEY, random_state, restore_random_state
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replace_atomically, write_atomically, write_together
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
+from nnunet_ssl.preprocessing import UNLABELED_SUFFIX
 
 
 def trained(tiny, cls, **ssl):
@@ -85,6 +87,25 @@ def test_changed_plans_are_said_when_continuing(tiny):
         "the plans have changed since this checkpoint was written: {'num_epochs': 3}"
         in Path(trainer.log_file).read_text()
     )
+
+
+def test_changed_examples_are_said_when_continuing(tiny):
+    tiny.plans["configurations"]["2d"]["batch_size"] = 8
+    file = f"{trained(tiny, nnUNetTrainerSemiTC).output_folder}/checkpoint_final.pth"
+    for gone, message in (
+        (False, None),
+        (True, "3 unlabeled cases: 0 are new, 2 of those it began with are gone"),
+    ):
+        if gone:
+            shutil.rmtree(f"{tiny.folder}{UNLABELED_SUFFIX}")
+        trainer = tiny.trainer(nnUNetTrainerSemiTC, num_epochs=3)
+        trainer.load_checkpoint(file)
+        trainer.on_train_start()
+        log = Path(trainer.log_file).read_text()
+        assert ("WARNING: this training goes on with" in log) == gone
+        if message:
+            assert f"goes on with {message}" in log
+            assert "goes on with 5 labeled + 3 unlabeled examples per batch, and began with 4 labeled + 4 unl" in log
 
 
 def test_pretrained_weights_start_the_second_stage(tiny):

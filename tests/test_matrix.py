@@ -230,11 +230,12 @@ def test_train_and_validate(site_of, scenario, configuration, trainer):
     assert ("partly annotated" in log) == (uses and "ignore" in scenario)
 
 
-@pytest.mark.parametrize("scenario", [
-    pytest.param(s, marks=[] if s == "regions and ignore" else pytest.mark.thorough) for s in SCENARIOS
+@pytest.mark.parametrize(("scenario", "trainer"), [
+    pytest.param(s, t, marks=[] if (s, t) == ("regions and ignore", "nnUNetTrainerSemiTC") else pytest.mark.thorough)
+    for s, t in itertools.product(SCENARIOS, NAMES) if s == "labels" or t == "nnUNetTrainerSemiTC"
 ])  # fmt: skip
-def test_best_configuration_ensemble_and_postprocessing(site_of, scenario):
-    site, trainer = site_of(scenario), "nnUNetTrainerSemiTC"
+def test_best_configuration_ensemble_and_postprocessing(site_of, scenario, trainer):
+    site = site_of(scenario)
     for configuration, fold in itertools.product(("2d", "3d_fullres"), "01"):
         site.train(trainer, configuration, fold, "--npz")
     options = ("-p", "Tiny", "-tr", trainer, "-f", "0", "1")

@@ -142,9 +142,8 @@ def test_only_asked_for_sizes_change_a_network(tiny):
     assert written.batch_size == 9
 
 
-def test_plans_in_nnunets_former_format():
-    """The network was described by other names; nnU-Net translates them."""
-    plans = make_plans((32, 32))
+def in_former_format(plans: dict) -> dict:
+    """Plans whose network is described by nnU-Net's former names, which nnU-Net translates."""
     settings = plans["configurations"]["2d"].pop("architecture")["arch_kwargs"]
     plans["configurations"]["2d"] |= {
         "UNet_class_name": "PlainConvUNet",
@@ -156,11 +155,24 @@ def test_plans_in_nnunets_former_format():
         "pool_op_kernel_sizes": settings["strides"],
         "conv_kernel_sizes": settings["kernel_sizes"],
     }
+    return plans
+
+
+def test_plans_in_nnunets_former_format():
+    plans = in_former_format(make_plans((32, 32)))
     check_configuration(plans, "2d", "nnUNetPlans.json")
     assert PlansManager(plans).get_configuration("2d").network_arch_init_kwargs["features_per_stage"] == [4, 8, 8, 8]
     del plans["configurations"]["2d"]["UNet_class_name"]
     with pytest.raises(UserError, match=r"nnUNetPlans\.json, configuration 2d lacks 'architecture'"):
         check_configuration(plans, "2d", "nnUNetPlans.json")
+
+
+def test_every_trainer_trains_with_plans_in_nnunets_former_format(tiny, trainer_class):
+    in_former_format(tiny.plans)
+    trainer = tiny.trainer(trainer_class, num_epochs=2, num_iterations_per_epoch=1, supervised_fraction=0.5)
+    trainer.run_training()
+    assert trainer.network.encoder.output_channels == [4, 8, 8, 8]
+    assert len(trainer.networks) == (2 if trainer.partner is not None else 1)
 
 
 def test_a_configuration_that_inherits_from_itself():

@@ -139,7 +139,7 @@ def test_the_batch_is_all_labeled_in_stage_1(tiny, batch_size):
     trainer.loss_terms = watched
     trainer.run_training()
     assert seen == [(batch_size, 0)] * 4 + [(batch_size - batch_size // 2, batch_size // 2)] * 4
-    assert "all labeled in stage 1" in log_of(trainer)
+    assert f"all {batch_size} labeled in stage 1" in log_of(trainer)
 
 
 def test_progress_png_shows_the_terms(tmp_path, monkeypatch):

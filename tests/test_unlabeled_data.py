@@ -25,6 +25,7 @@ from nnunet_ssl.methods import (
 )
 from nnunet_ssl.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX
 from nnunet_ssl.unlabeled_data import (
+    LabeledBatches,
     UnlabeledCase,
     UnlabeledDataLoader,
     UnlabeledDataset,
@@ -289,7 +290,26 @@ def test_few_unlabeled_cases_get_their_share_of_the_batch(tiny):
     assert len(next(trainer.dataloader_unlabeled)["data"]) == 3
     assert trainer.oversample_foreground_percent == pytest.approx(3 / 8)
     log = Path(trainer.log_file).read_text()
-    assert "(3 hidden label), 5 labeled + 3 unlabeled per batch, labeled alone in stage 1" in log
+    assert "(3 hidden label), 5 labeled + 3 unlabeled per batch, all 8 labeled in stage 1" in log
+
+
+def test_stage_1_loads_no_example_in_vain():
+    drawn = iter(range(100))
+
+    def draw(size):
+        numbers = [next(drawn) for _ in range(size)]
+        return {"data": torch.tensor(numbers), "target": -torch.tensor(numbers), "keys": [str(n) for n in numbers]}
+
+    batches, seen = LabeledBatches(), []
+    for _ in range(6):
+        # nnU-Net draws the first one for every step.
+        batch = batches.fill(draw(3), (draw(3) for _ in itertools.count()), 4)
+        assert len(batch["data"]) == 4
+        assert batch["keys"] == [str(n) for n in batch["data"].tolist()]
+        assert torch.equal(batch["target"], -batch["data"])
+        seen += batch["data"].tolist()
+    assert seen == list(range(24))
+    assert next(drawn) == 24
 
 
 @pytest.mark.parametrize("total", range(2, 9))
