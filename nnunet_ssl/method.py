@@ -95,7 +95,7 @@ class Method(ABC):
 
     @property
     def switch_epoch(self) -> int:
-        """The epoch at which stage 2 starts; methods without stages stay in stage 1's schedule throughout."""
+        """The epoch at which stage 2 starts; 0 for methods without stages, which are in stage 2 throughout."""
         return first_epoch_of_second_stage(self.num_epochs, getattr(self.hp, "supervised_fraction", 0.0))
 
     @property

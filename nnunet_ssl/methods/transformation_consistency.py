@@ -195,7 +195,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
 
 
 class nnUNetTrainerSemiTC(nnUNetTrainerSupTC):
-    """Each batch labeled in part, unlabeled in part; the consistency term on both."""
+    """Labels alone in stage 1, then batches that are partly unlabeled, with the consistency term on all of them."""
 
     uses_unlabeled: ClassVar[bool] = True
 
