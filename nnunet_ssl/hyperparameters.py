@@ -117,6 +117,13 @@ class SemiSupervisedParameters(HyperParameters):
         minimum=0.0,
         maximum=1.0,
     )
+    unlabeled_fraction: float = parameter(
+        0.5,
+        "largest part of each batch that is unlabeled, at least one example; where unlabeled cases are fewer than that "
+        "part of all cases, their part of them",
+        minimum=0.0,
+        maximum=1.0,
+    )
 
 
 def check_value(kind: type[HyperParameters], name: str, value: Any) -> Any:

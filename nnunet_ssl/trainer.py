@@ -159,7 +159,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
 
     def _share_batch(self, labeled_cases: int, unlabeled_cases: int) -> None:
         total, centered = self.batch_size + self.unlabeled_batch_size, self.oversample_foreground_percent
-        shares = share_batch(total, centered, labeled_cases, unlabeled_cases)
+        shares = share_batch(total, centered, labeled_cases, unlabeled_cases, self.hp.unlabeled_fraction)
         self.batch_size, self.unlabeled_batch_size, self.oversample_foreground_percent = shares
 
     def configure_optimizers(self) -> tuple[Optimizer, Any]:

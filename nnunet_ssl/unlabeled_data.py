@@ -7,6 +7,7 @@ reads the image file alone.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -298,25 +299,28 @@ def describe_training(trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledC
 
 
 def share_batch(
-    total: int, centered_fraction: float, labeled_cases: int, unlabeled_cases: int
+    total: int, centered_fraction: float, labeled_cases: int, unlabeled_cases: int, largest: float = 0.5
 ) -> tuple[int, int, float]:
     """Share the plan's batch between labeled and unlabeled examples, at least one of either.
 
-    Half each, as in the papers, whose unlabeled cases are the many. Where they are the few, they get the nearest number
-    to their share of the cases, because every unlabeled example takes the place of a labeled one.
+    Half each by default, as in the papers, whose unlabeled cases are the many. Where they are the few, they get the
+    nearest number to their share of the cases, because every unlabeled example takes the place of a labeled one.
 
     Args:
         total: The plan's batch size, or a process's part of it.
         centered_fraction: Of the labeled examples that nnU-Net centers on a structure.
         labeled_cases: How many there are to draw from.
         unlabeled_cases: The same.
+        largest: Part of the batch that unlabeled examples never exceed, but for the one.
 
     Returns:
         Labeled and unlabeled examples per step, and the fraction that nnU-Net really reaches with a batch of
         ``total``: of 2 it centers 1, not 0.33, on a structure.
     """
     share = unlabeled_cases / (labeled_cases + unlabeled_cases)
-    unlabeled = max(1, min(total // 2, round(total * share)))
+    # Whole examples, also where a product like 10 * 0.3 falls a rounding error short of them.
+    most = math.floor(total * largest + 1e-6)
+    unlabeled = max(1, min(most, round(total * share), total - 1))
     centered = total - round(total * (1 - centered_fraction))
     return max(1, total - unlabeled), unlabeled, centered / total
 

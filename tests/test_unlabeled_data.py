@@ -291,6 +291,9 @@ def test_few_unlabeled_cases_get_their_share_of_the_batch(tiny):
     assert trainer.oversample_foreground_percent == pytest.approx(3 / 8)
     log = Path(trainer.log_file).read_text()
     assert "(3 hidden label), 5 labeled + 3 unlabeled per batch, all 8 labeled in stage 1" in log
+    trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5, unlabeled_fraction=0.3)
+    trainer.on_train_start()
+    assert (trainer.batch_size, trainer.unlabeled_batch_size) == (6, 2)
 
 
 def test_stage_1_loads_no_example_in_vain():
@@ -314,11 +317,13 @@ def test_stage_1_loads_no_example_in_vain():
 
 @pytest.mark.parametrize("total", range(2, 9))
 def test_a_share_is_the_nearest_possible(total):
-    for labeled, unlabeled in itertools.product(range(1, 9), repeat=2):
-        parts = share_batch(total, 0.33, labeled, unlabeled)
+    for labeled, unlabeled, tenths in itertools.product(range(1, 9), range(1, 9), range(11)):
+        parts = share_batch(total, 0.33, labeled, unlabeled, tenths / 10)
         assert parts[0] + parts[1] == total
-        wanted = min(max(total * unlabeled / (labeled + unlabeled), 1), total // 2)
-        assert abs(parts[1] - wanted) <= 0.5
+        assert min(parts[:2]) >= 1
+        most = min(max(1, total * tenths // 10), total - 1)
+        assert parts[1] <= most
+        assert abs(parts[1] - min(max(total * unlabeled / (labeled + unlabeled), 1), most)) <= 0.5
 
 
 def test_background_workers(tiny, monkeypatch):
