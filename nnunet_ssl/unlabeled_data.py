@@ -345,12 +345,12 @@ class LabeledBatches:
             total: Wanted examples.
         """
         parts = [*self._rest, batch]
-        while sum(len(part["keys"]) for part in parts) < total:
+        while sum(len(part["data"]) for part in parts) < total:
             parts.append(to_device(next(more), batch["data"].device))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in ("data", "target")}
         keys = [key for part in parts for key in part["keys"]]
         rest = {name: values[total:] for name, values in tensors.items()} | {"keys": keys[total:]}
-        self._rest = [rest] if rest["keys"] else []
+        self._rest = [rest] if len(rest["data"]) else []
         return {name: values[:total] for name, values in tensors.items()} | {"keys": keys[:total]}
 
 
