@@ -245,10 +245,9 @@ class Experiment:
         wanted = cls.hyperparameters_class.from_plans(planned, [t.hyperparameters_class for t in TRAINERS]).as_dict()
         wanted = json.loads(json.dumps(wanted))
         recorded = load_json(str(record))
-        if cls.transductive and (TEST_FOLDER in recorded["unlabeled"].values()) != (
-            self.arguments.test_images is not None
-        ):
-            raise SystemExit(f"{record.parent} was trained with or without the test images; use another --out.")
+        saw, sees = TEST_FOLDER in recorded["unlabeled"].values(), self.arguments.test_images is not None
+        if cls.transductive and saw != sees:
+            raise SystemExit(f"{record.parent} was trained with{'' if saw else 'out'} test images; use another --out.")
         used = recorded["hyperparameters"]
         changed = sorted(name for name in {*wanted, *used} if wanted.get(name) != used.get(name))
         # Settings of other methods make no difference.

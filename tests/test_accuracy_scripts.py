@@ -147,6 +147,28 @@ def test_splits_come_draw_by_draw_and_count_once_where_every_case_keeps_its_labe
     assert [s.name for s in accuracy.Experiment.splits(asked, "all")] == names[:3]
 
 
+@pytest.mark.parametrize(("trainer", "saw", "sees", "message"), [
+    ("SemiTCPlus", False, True, "without test images"), ("SemiTCPlus", True, False, "with test images"),
+    ("SemiTCPlus", True, True, None), ("SemiTCPlus", False, False, None), ("SemiTC", False, True, None),
+])  # fmt: skip
+def test_transductive_trainings_belong_to_their_test_images(accuracy, tmp_path, trainer, saw, sees, message):
+    training = accuracy.Training(accuracy.Variant(trainer, trainer), "Plans", 0)
+    model = tmp_path / "model"
+    (model / "fold_0").mkdir(parents=True)
+    used = training.variant.trainer_class.hyperparameters_class().as_dict()
+    unlabeled = {"case": "hidden label"} | ({"other": "imagesTs"} if saw else {})
+    (model / "fold_0" / "nnunet_ssl.json").write_text(json.dumps({"hyperparameters": used, "unlabeled": unlabeled}))
+    for folder in (model / "plans.json", tmp_path / "Plans.json"):
+        folder.write_text("{}")
+    arguments = argparse.Namespace(test_images=tmp_path if sees else None)
+    asked = argparse.Namespace(preprocessed=tmp_path, arguments=arguments, model=lambda training: model)
+    if message is None:
+        accuracy.Experiment._refuse_other_settings(asked, training)
+    else:
+        with pytest.raises(SystemExit, match=f"was trained {message}; use another --out"):
+            accuracy.Experiment._refuse_other_settings(asked, training)
+
+
 def made_up(folder, tables):
     rows = [("A", 0, "x", 0.5, 2.0), ("A", 0, "x", 0.7, ""), ("A", 0, "y", 0.9, 4.0), ("A", 0, "y", 0.7, 6.0)]
     rows += [("A", 1, "x", 0.4, 2.0), ("A", 1, "y", 0.6, 3.0), ("B", 0, "x", 1.0, 1.0), ("B", 0, "y", 0.5, 1.0)]
