@@ -14,7 +14,7 @@ from conftest import PATCHES, SSL, TinyDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSupTC
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupTC
 from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 SEMI = [t for t in TRAINERS if t.unlabeled_terms]
@@ -211,13 +211,23 @@ def test_4_supervised_equals_the_stock_trainer_through_a_whole_training(tiny):
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_5_resumed_training_equals_the_uninterrupted_one(tmp_path: Path, trainer_class, stop_after):
+    assert_resuming_changes_nothing(tmp_path, trainer_class, stop_after)
+
+
+def test_5_resumed_in_stage_1_where_shares_of_the_batch_are_uneven(tmp_path: Path):
+    """Labeled batches of 5 fill batches of 8 there: what an epoch leaves over must not outlive it."""
+    assert_resuming_changes_nothing(tmp_path, nnUNetTrainerSemiTC, 1, batch_size=8, unlabeled_fraction=0.4)
+
+
+def assert_resuming_changes_nothing(tmp_path: Path, cls: Any, stop_after: int, batch_size: int = 4, **ssl: Any) -> None:
     weights = []
     for name in ("whole", "resumed"):
         tiny = TinyDataset(tmp_path / name, PATCHES["2d"])
+        tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
         with pytest.MonkeyPatch.context() as patch:
             for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
                 patch.setenv(variable, str(tiny.root / variable))
-            trainer = tiny.trainer(trainer_class, learned_dice=0.5)
+            trainer = tiny.trainer(cls, learned_dice=0.5, **ssl)
             if name == "resumed":
                 stop_at_epoch(trainer, stop_after)
                 with pytest.raises(KeyboardInterrupt):
@@ -225,7 +235,7 @@ def test_5_resumed_training_equals_the_uninterrupted_one(tmp_path: Path, trainer
                 file = f"{trainer.output_folder}/checkpoint_latest.pth"
                 torch.manual_seed(123)
                 np.random.seed(123)
-                trainer = tiny.trainer(trainer_class, learned_dice=0.5)
+                trainer = tiny.trainer(cls, learned_dice=0.5, **ssl)
                 trainer.load_checkpoint(file)
                 assert trainer.current_epoch == stop_after
             weights.append(train(trainer))
