@@ -1,4 +1,4 @@
-"""Removal of small objects and filling of holes, per structure, as in Bortsova et al. (MICCAI 2019)."""
+"""Small or separate objects are removed and holes filled, per structure; sizes and holes as in Bortsova et al. 2019."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class Cleaning:
     Attributes:
         smallest: Structure to the size in mm^3 (in 2D mm^2 or pixels) that an object must reach to stay.
         filled: Structures whose holes are filled, with the first of their labels.
+        single: Structures of which the largest object alone stays.
         names: Structure to its name.
     """
 
     smallest: Mapping[Labels, float]
     filled: tuple[Labels, ...]
     names: Mapping[Labels, str]
+    single: tuple[Labels, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.smallest or self.filled)
+        return bool(self.smallest or self.filled or self.single)
 
     def describe(self) -> str:
         """In words."""
@@ -39,16 +41,19 @@ class Cleaning:
         if self.smallest:
             sizes = ", ".join(f"{self.names[labels]} {size:g}" for labels, size in self.smallest.items())
             parts.append(f"objects removed below {sizes}")
+        if self.single:
+            parts.append(f"the largest object kept of {', '.join(self.names[labels] for labels in self.single)}")
         if self.filled:
             parts.append(f"holes filled in {', '.join(self.names[labels] for labels in self.filled)}")
         return "; ".join(parts)
 
 
 def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> np.ndarray:
-    """Remove small objects, then fill holes.
+    """Remove small objects, then all but the largest, then fill holes.
 
-    An object is a set of voxels of one structure that touch, at corners too. A hole is background that its structure
-    encloses: no path over faces leads from it to the border of the image. Voxels of other structures stay as they are.
+    An object is a set of voxels of one structure that touch, at corners too; of several largest ones of equal size
+    all stay. A hole is background that its structure encloses: no path over faces leads from it to the border of the
+    image. Voxels of other structures stay as they are.
 
     Args:
         labels: Label map (*S), 2D or 3D.
@@ -66,6 +71,13 @@ def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> n
         too_small = sizes < smallest
         too_small[0] = False
         cleaned[too_small[objects]] = 0
+    for structure in cleaning.single:
+        objects, _ = label(np.isin(cleaned, structure), touching)
+        voxels = np.bincount(objects.ravel())
+        voxels[0] = 0
+        smaller = voxels < voxels.max()
+        smaller[0] = False
+        cleaned[smaller[objects]] = 0
     for structure in cleaning.filled:
         holes = binary_fill_holes(np.isin(cleaned, structure)) & (cleaned == 0)
         cleaned[holes] = structure[0]
@@ -73,7 +85,10 @@ def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> n
 
 
 def read_cleaning(
-    labels: Mapping[str, Any], remove_below: Sequence[str] | None, fill: Sequence[str] | None
+    labels: Mapping[str, Any],
+    remove_below: Sequence[str] | None,
+    fill: Sequence[str] | None,
+    keep_largest: Sequence[str] | None = None,
 ) -> Cleaning:
     """What the command line asks for.
 
@@ -81,6 +96,7 @@ def read_cleaning(
         labels: ``labels`` of dataset.json.
         remove_below: ``SIZE`` for all structures, ``NAME=SIZE`` for one; the last word counts.
         fill: Names of structures; all if empty, none if absent.
+        keep_largest: The same.
 
     Raises:
         UserError: For an unknown name or a size that is no number.
@@ -100,8 +116,10 @@ def read_cleaning(
         if not number > 0:
             raise UserError(f"--remove-below {word!r}: expected SIZE or NAME=SIZE with a size above zero.")
         smallest |= dict.fromkeys(_chosen(structures, [name] if separator else []), number)
-    filled = tuple(_chosen(structures, fill)) if fill is not None else ()
-    return Cleaning(smallest, filled, {labels: name for name, labels in structures.items()})
+    filled, single = (
+        tuple(_chosen(structures, wanted)) if wanted is not None else () for wanted in (fill, keep_largest)
+    )
+    return Cleaning(smallest, filled, {labels: name for name, labels in structures.items()}, single)
 
 
 def clean_file(source: Path, target: Path, reader: type, cleaning: Cleaning) -> int:

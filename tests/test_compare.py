@@ -248,6 +248,10 @@ def test_post_processing_is_scored_and_said(results: Results, capsys: pytest.Cap
     assert "objects removed below square 2" in (results.root / "out" / "report.html").read_text()
     assert cleaned["post_processing"] == "objects removed below square 2"
     assert plain["post_processing"] is None
+    assert compare(results, "--keep-largest", "square") == 0
+    largest = json.loads((results.root / "out" / "comparison.json").read_text())
+    assert largest["post_processing"] == "the largest object kept of square"
+    assert largest["results"] == cleaned["results"]
 
 
 def test_several_processes_give_the_same(results: Results):

@@ -1,4 +1,4 @@
-"""Removal of small objects and filling of holes against loops over voxels, and as a verb."""
+"""Removal of small or separate objects and filling of holes against loops over voxels, and as a verb."""
 
 from __future__ import annotations
 
@@ -36,8 +36,13 @@ def flood(mask, start, corners):
     return found
 
 
-def clean_by_hand(labels, voxel, smallest, filled):
+def clean_by_hand(labels, voxel, smallest, filled, single=()):
     result = labels.copy()
+    for value in single:
+        reach = {p: len(flood(labels == value, p, corners=True)) for p in map(tuple, np.argwhere(labels == value))}
+        for place, size in reach.items():
+            if size < max(reach.values()):
+                result[place] = 0
     for value, size in smallest.items():
         for place in map(tuple, np.argwhere(labels == value)):
             if len(flood(labels == value, place, corners=True)) * voxel < size:
@@ -71,6 +76,37 @@ def test_equals_loops_over_voxels(shape, spacing, seed):
     np.testing.assert_array_equal(ours, expected)
     assert (ours != labels).any()
     np.testing.assert_array_equal(labels, before)
+
+
+@pytest.mark.parametrize("shape", [(14, 15), (7, 8, 9)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_largest_object_alone_stays(shape, seed):
+    labels = np.random.default_rng(seed).choice(3, size=shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
+    ours = clean(labels, (1,) * len(shape), Cleaning({}, (), {}, ((1,),)))
+    np.testing.assert_array_equal(ours, clean_by_hand(labels, 1, {}, [], [1]))
+    assert 0 < (ours == 1).sum() < (labels == 1).sum()
+    np.testing.assert_array_equal(ours == 2, labels == 2)
+
+
+def test_of_objects_of_equal_size_all_stay_and_an_empty_map_stays_empty():
+    labels = np.zeros((8, 8), np.uint8)
+    labels[0, 0:3] = labels[5, 2:5] = labels[7, 7] = 1
+    only_largest = Cleaning({}, (), {}, ((1,), (2,)))
+    cleaned = clean(labels, (1, 1), only_largest)
+    assert cleaned[7, 7] == 0
+    assert cleaned.sum() == 6
+    assert not clean(np.zeros_like(labels), (1, 1), only_largest).any()
+
+
+def test_of_nested_regions_the_inner_one_stays_where_the_outer_does():
+    labels = np.zeros((12, 12), np.uint8)
+    labels[0:6, 0:6] = 1
+    labels[2, 2] = 2
+    labels[9:12, 9:12] = 2
+    regions = read_cleaning({"background": 0, "whole": [1, 2], "core": 2}, None, None, [])
+    cleaned = clean(labels, (1, 1), regions)
+    assert cleaned[2, 2] == 2
+    assert (cleaned > 0).sum() == 36
 
 
 def test_each_step_alone():
@@ -110,6 +146,9 @@ def test_what_the_command_line_asks_for():
     assert asked == Cleaning({(1,): 50, (2,): 20}, ((1,), (2,)), names)
     assert asked.describe() == "objects removed below heart 50, lung 20; holes filled in heart, lung"
     assert not read_cleaning(LABELS, None, None)
+    single = read_cleaning(LABELS, None, None, ["lung"])
+    assert single == Cleaning({}, (), names, ((2,),))
+    assert single.describe() == "the largest object kept of lung"
 
 
 def write_dataset_json(folder: Path, ending: str) -> None:
@@ -123,7 +162,7 @@ def test_the_verb_writes_cleaned_copies_and_lists_what_failed(tmp_path, capsys):
     write_dataset_json(source, ".png")
     labels = np.zeros((20, 20), np.uint8)
     labels[2:9, 2:9] = 2
-    labels[5, 5], labels[15, 15] = 0, 1
+    labels[5, 5], labels[15, 15], labels[12, 2] = 0, 1, 2
     Image.fromarray(labels).save(source / "a.png")
     Image.fromarray(labels * (labels == 9)).save(source / "b.png")
     words = ["postprocess", "-i", str(source), "-o", str(target)]
@@ -131,6 +170,9 @@ def test_the_verb_writes_cleaned_copies_and_lists_what_failed(tmp_path, capsys):
     cleaned = np.array(Image.open(target / "a.png"))
     assert cleaned[5, 5] == 2
     assert cleaned[15, 15] == 0
+    assert main([*words, "--keep-largest", "lung"]) == 0
+    kept = np.array(Image.open(target / "a.png"))
+    assert (kept[12, 2], kept[15, 15]) == (0, 1)
     assert "2 label maps" in capsys.readouterr().out
     assert sorted(p.name for p in target.iterdir()) == ["a.png", "b.png"]
 
@@ -186,6 +228,7 @@ def test_volumes_keep_their_geometry(tmp_path):
     ("words", "message"),
     [
         ([], "Nothing to do"),
+        (["--keep-largest", "liver"], "There is no structure 'liver'"),
         (["--fill-holes", "liver"], "There is no structure 'liver'; there are heart, lung"),
         (["--remove-below", "heart=big"], "expected SIZE or NAME=SIZE"),
         (["--remove-below", "-3"], "expected SIZE or NAME=SIZE"),

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.cli.postprocess import add_cleaning_arguments
+from nnunet_ssl.cli.postprocess import add_cleaning_arguments, cleaning_of
 
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.candidates import Candidate, Reference
@@ -56,11 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunet_ssl.evaluation.comparison import evaluate
     from nnunet_ssl.evaluation.formatting import terminal_tables
     from nnunet_ssl.evaluation.output import check_output_folder, write_comparison
-    from nnunet_ssl.postprocessing import read_cleaning
 
     title, candidates, reference = _what_to_compare(arguments)
     check_output_folder(arguments.output)
-    cleaning = read_cleaning(reference.dataset_json["labels"], arguments.remove_below, arguments.fill_holes)
+    cleaning = cleaning_of(arguments, reference.dataset_json["labels"])
     comparison = evaluate(candidates, reference, arguments.processes, cleaning)
     files = write_comparison(arguments.output, title, comparison, candidates, reference, cleaning)
     print(terminal_tables(comparison))

@@ -1,4 +1,4 @@
-"""Remove small objects and fill holes in a folder of predicted label maps, structure by structure.
+"""Remove small or separate objects and fill holes in a folder of predicted label maps, structure by structure.
 
 Sizes are in mm^3, in 2D in mm^2, and in pixels where the image format knows no spacing. Objects are removed first. The
 same options of compare score predictions as if they had been cleaned; choose sizes on cases that you do not report.
@@ -7,7 +7,12 @@ same options of compare score predictions as if they had been cleaned; choose si
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nnunet_ssl.postprocessing import Cleaning
 
 
 def add_cleaning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +22,18 @@ def add_cleaning_arguments(parser: argparse.ArgumentParser) -> None:
         "--remove-below", nargs="+", metavar="[NAME=]SIZE", help="remove smaller objects, of all structures or of one"
     )
     group.add_argument(
+        "--keep-largest", nargs="*", metavar="NAME", help="remove all other objects of a structure (default: of all)"
+    )
+    group.add_argument(
         "--fill-holes", nargs="*", metavar="NAME", help="fill background that a structure encloses (default: all)"
     )
+
+
+def cleaning_of(arguments: argparse.Namespace, labels: Mapping[str, Any]) -> Cleaning:
+    """What these options ask for, given ``labels`` of dataset.json."""
+    from nnunet_ssl.postprocessing import read_cleaning
+
+    return read_cleaning(labels, arguments.remove_below, arguments.fill_holes, arguments.keep_largest)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,15 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.label_maps import reader_class
     from nnunet_ssl.nnunet_folders import read_dataset_json
-    from nnunet_ssl.postprocessing import clean_file, read_cleaning
+    from nnunet_ssl.postprocessing import clean_file
 
     file = arguments.dataset_json or arguments.input / "dataset.json"
     if not file.is_file():
         raise UserError(f"{file} is missing. Name nnU-Net's dataset.json with --dataset-json.")
     dataset_json = read_dataset_json(file)
-    cleaning = read_cleaning(dataset_json["labels"], arguments.remove_below, arguments.fill_holes)
+    cleaning = cleaning_of(arguments, dataset_json["labels"])
     if not cleaning:
-        raise UserError("Nothing to do: give --remove-below, --fill-holes or both.")
+        raise UserError("Nothing to do: give --remove-below, --keep-largest or --fill-holes.")
     files = sorted(arguments.input.glob(f"*{dataset_json['file_ending']}"))
     if not files:
         raise UserError(f"No file with the ending {dataset_json['file_ending']} lies in {arguments.input}.")
