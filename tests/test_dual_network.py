@@ -23,6 +23,11 @@ from nnunet_ssl.plans import PLAIN, RESIDUAL, with_partner_network
 TERMS = nnUNetTrainerDualNet.unlabeled_terms
 
 
+def initialized(tiny: TinyDataset, **ssl) -> nnUNetTrainerDualNet:
+    """In its second stage from the start."""
+    return tiny.initialized(nnUNetTrainerDualNet, **{"supervised_fraction": 0.0, **ssl})
+
+
 def has_gradient(network: torch.nn.Module) -> bool:
     return any(p.grad is not None and p.grad.any() for p in network.parameters())
 
@@ -30,7 +35,7 @@ def has_gradient(network: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("teacher", [0, 1])
 @pytest.mark.parametrize("weak", [True, False])
 def test_terms_equal_an_independent_computation(tiny, teacher, weak):
-    trainer = tiny.initialized(nnUNetTrainerDualNet, contrastive_weight=0.0, weak_teacher=weak)
+    trainer = initialized(tiny, contrastive_weight=0.0, weak_teacher=weak)
     trainer.choose_teacher = lambda logits, target: teacher
     labeled, unlabeled = tiny.batches(trainer)
     terms = trainer.loss_terms(labeled, unlabeled)
@@ -68,7 +73,7 @@ def test_terms_equal_an_independent_computation(tiny, teacher, weak):
 
 def test_certainty_weighs_the_cross_entropy_but_is_no_way_to_lower_it(tiny):
     """The weights are constants: a student must not gain by getting uncertain."""
-    trainer = tiny.initialized(nnUNetTrainerDualNet, contrastive_weight=0.0)
+    trainer = initialized(tiny, contrastive_weight=0.0)
     z, w = (torch.randn(2, 3, *tiny.patch, dtype=torch.float64) for _ in range(2))
     z.requires_grad_()
     trainer.student_terms([z, z.detach()], [w, w], None)["uncertainty"].backward()
@@ -83,7 +88,7 @@ def test_certainty_weighs_the_cross_entropy_but_is_no_way_to_lower_it(tiny):
 @pytest.mark.parametrize("teacher", [0, 1])
 @pytest.mark.parametrize("term", TERMS)
 def test_only_the_student_learns_from_the_unlabeled_terms(tiny, teacher, term):
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     trainer.choose_teacher = lambda logits, target: teacher
     labeled, unlabeled = tiny.batches(trainer)
     trainer.loss_terms(labeled, unlabeled)[term].value.backward()
@@ -92,7 +97,7 @@ def test_only_the_student_learns_from_the_unlabeled_terms(tiny, teacher, term):
 
 
 def test_both_learn_from_labels(tiny):
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
     terms = trainer.loss_terms(labeled, unlabeled)
     for name, index in (("supervised", 0), ("supervised_partner", 1)):
@@ -103,7 +108,7 @@ def test_both_learn_from_labels(tiny):
 
 
 def test_a_step_moves_both_networks(tiny):
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
     trainer.dataloader_unlabeled = iter([unlabeled])
     before = [torch.cat([p.detach().flatten().clone() for p in n.parameters()]) for n in trainer.networks]
@@ -114,7 +119,7 @@ def test_a_step_moves_both_networks(tiny):
 
 @pytest.mark.parametrize("better", [0, 1])
 def test_the_network_with_the_lower_dice_loss_teaches(tiny, better):
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     target = tiny.batches(trainer)[0]["target"]
     truth = torch.nn.functional.one_hot(target[:, 0].long(), 3).movedim(-1, 1).float()
     good, bad = 10 * truth, 10 * truth.roll(1, dims=1)
@@ -123,7 +128,7 @@ def test_the_network_with_the_lower_dice_loss_teaches(tiny, better):
 
 def test_the_background_does_not_count(tiny):
     """One network finds all the background but confuses structures, the other finds them and no background."""
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     target = torch.full((2, 1, *tiny.patch), 2, dtype=torch.int16)
     target[..., :12], target[..., 28:] = 1, 0
     truth = torch.nn.functional.one_hot(target[:, 0].long(), 3).movedim(-1, 1).float()
@@ -140,7 +145,7 @@ def test_the_background_does_not_count(tiny):
 def test_roles_are_deterministic_with_a_seed(tiny):
     taught = []
     for _ in range(2):
-        trainer = tiny.initialized(nnUNetTrainerDualNet)
+        trainer = initialized(tiny)
         steps = []
         for seed in range(6):
             labeled, unlabeled = tiny.batches(trainer, seed)
@@ -152,20 +157,20 @@ def test_roles_are_deterministic_with_a_seed(tiny):
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_of_weight_zero_is_not_computed(tiny, term):
-    trainer = tiny.initialized(nnUNetTrainerDualNet, **{f"{term}_weight": 0.0})
+    trainer = initialized(tiny, **{f"{term}_weight": 0.0})
     labeled, unlabeled = tiny.batches(trainer)
     assert set(trainer.loss_terms(labeled, unlabeled)) == set(trainer.term_names) - {term}
 
 
 def test_with_all_terms_off_unlabeled_images_are_not_even_looked_at(tiny):
-    trainer = tiny.initialized(nnUNetTrainerDualNet, **{f"{term}_weight": 0.0 for term in TERMS})
+    trainer = initialized(tiny, **{f"{term}_weight": 0.0 for term in TERMS})
     labeled, _ = tiny.batches(trainer)
     terms = trainer.loss_terms(labeled, {"data": None})
     assert set(terms) == {"supervised", "supervised_partner"}
 
 
 def test_weights_follow_the_ramp(tiny):
-    trainer = tiny.initialized(nnUNetTrainerDualNet, unlabeled_ramp=0.5, uncertainty_weight=2.0)
+    trainer = initialized(tiny, unlabeled_ramp=0.5, uncertainty_weight=2.0)
     labeled, unlabeled = tiny.batches(trainer)
     for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
         trainer.current_epoch = epoch
@@ -180,7 +185,7 @@ def test_regions(tmp_path, ignore):
     tiny = TinyDataset(tmp_path, PATCHES["3d"])
     names = {"background": 0, "whole": [1, 2], "core": 2} | ({"ignore": 3} if ignore else {})
     tiny.dataset_json |= {"labels": names, "regions_class_order": [1, 2]}
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     assert trainer.label_manager.has_regions
     labeled, unlabeled = tiny.batches(trainer)
     labels = labeled["target"]
@@ -205,7 +210,7 @@ def test_student_terms_are_finite_for_extreme_logits(tiny, dtype, regions):
     if regions:
         tiny.dataset_json |= {"labels": {"background": 0, "whole": [1, 2], "core": 2, "rim": 1},
                               "regions_class_order": [1, 2, 3]}  # fmt: skip
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     z, w = (torch.sign(torch.randn(2, 3, *tiny.patch)).mul(1e4).to(dtype) for _ in range(2))
     z.requires_grad_()
     features = torch.randn(2, 4, *tiny.patch).to(dtype).requires_grad_()
@@ -218,7 +223,7 @@ def test_student_terms_are_finite_for_extreme_logits(tiny, dtype, regions):
 
 def test_unreliable_voxels_do_not_touch_the_pseudo_label_term(tiny):
     """An invariant: what a mask excludes cannot change the loss."""
-    trainer = tiny.initialized(nnUNetTrainerDualNet, contrastive_weight=0.0, reliable_fraction=0.5)
+    trainer = initialized(tiny, contrastive_weight=0.0, reliable_fraction=0.5)
     sure = torch.arange(32 * 32).view(1, 1, 32, 32) % 2 == 0
     one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, (2, *tiny.patch)), 3).movedim(-1, 1).float()
     teacher = torch.where(sure, 9 * one_hot, torch.zeros(()))
@@ -230,12 +235,12 @@ def test_unreliable_voxels_do_not_touch_the_pseudo_label_term(tiny):
     plain, other = value(torch.zeros(())), value(torch.tensor([0.0, 0.5, 0.0]).view(1, 3, 1, 1))
     assert torch.equal(plain, other)
     assert plain > 1
-    trainer = tiny.initialized(nnUNetTrainerDualNet, contrastive_weight=0.0, reliable_fraction=1.0)
+    trainer = initialized(tiny, contrastive_weight=0.0, reliable_fraction=1.0)
     assert not torch.equal(value(torch.zeros(())), value(torch.tensor([0.0, 0.5, 0.0]).view(1, 3, 1, 1)))
 
 
 def test_features_are_what_the_last_head_reads(tiny):
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     data = tiny.batches(trainer)[0]["data"]
     for network in trainer.networks:
         tap = FeatureTap(network)
@@ -248,7 +253,7 @@ def test_features_are_what_the_last_head_reads(tiny):
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_features_of_a_compiled_network(tiny):
     """The hook is traced with the network; without a C++ compiler only the tracing can be tested."""
-    trainer = tiny.initialized(nnUNetTrainerDualNet)
+    trainer = initialized(tiny)
     labeled, _ = tiny.batches(trainer)
     bare = trainer.network
     compiled = torch.compile(bare, backend="eager")
@@ -301,7 +306,7 @@ def test_configure_writes_plans_to_train_the_partner_alone(tiny, capsys):
     assert written["plans_name"] == "Alone"
     assert written["configurations"]["2d"]["architecture"]["network_class_name"] == RESIDUAL
     # It is a network of the same shape as the one that DualNet pairs.
-    dual = tiny.initialized(nnUNetTrainerDualNet)
+    dual = initialized(tiny)
     shapes = [{k: v.shape for k, v in dual.partner.state_dict().items()}]
     tiny.plans = written | {"ssl": SSL}
     alone = tiny.trainer(nnUNetTrainerSupervised)

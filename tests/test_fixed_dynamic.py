@@ -17,6 +17,11 @@ from nnunet_ssl.unlabeled_data import UnlabeledDataLoader, UnlabeledDataset
 TERMS = nnUNetTrainerFDPL.unlabeled_terms
 
 
+def initialized(tiny: TinyDataset, **ssl) -> nnUNetTrainerFDPL:
+    """In its second stage from the start."""
+    return tiny.initialized(nnUNetTrainerFDPL, **{"supervised_fraction": 0.0, **ssl})
+
+
 def has_gradient(network: torch.nn.Module) -> bool:
     return any(p.grad is not None and p.grad.any() for p in network.parameters())
 
@@ -61,7 +66,7 @@ def arrays(outputs: list[torch.Tensor]) -> list[np.ndarray]:
 @torch.no_grad()
 def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, weak, cutmix):
     tiny = TinyDataset(tmp_path, PATCHES[patch])
-    trainer = tiny.initialized(nnUNetTrainerFDPL, cutmix=cutmix, shift=0.25, weak_teacher=weak)
+    trainer = initialized(tiny, cutmix=cutmix, shift=0.25, weak_teacher=weak)
     labeled, unlabeled = tiny.batches(trainer)
     margin = {"2d": (8, 8), "3d": (4, 4, 4), "anisotropic": (0, 8, 8)}[patch]
     assert trainer.unlabeled_margin == margin
@@ -109,8 +114,8 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, we
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @torch.no_grad()
 def test_alpha_weighs_the_loss_on_labels_and_not_the_one_on_pseudo_labels(tiny, alpha):
-    weighted = tiny.initialized(nnUNetTrainerFDPL, cross_entropy_share=alpha)
-    plain = tiny.initialized(nnUNetTrainerFDPL)
+    weighted = initialized(tiny, cross_entropy_share=alpha)
+    plain = initialized(tiny)
     labeled, unlabeled = tiny.batches(plain)
     terms, reference = (t.loss_terms(labeled, unlabeled) for t in (weighted, plain))
     for index, name in enumerate(("supervised", "supervised_partner")):
@@ -123,7 +128,7 @@ def test_alpha_weighs_the_loss_on_labels_and_not_the_one_on_pseudo_labels(tiny, 
 
 def test_cross_entropy_alone_of_a_batch_without_annotated_voxels_can_be_trained(tiny):
     tiny.dataset_json["labels"]["ignore"] = 3
-    trainer = tiny.initialized(nnUNetTrainerFDPL, cross_entropy_share=1.0, fixed_weight=0.0, dynamic_weight=0.0)
+    trainer = initialized(tiny, cross_entropy_share=1.0, fixed_weight=0.0, dynamic_weight=0.0)
     labeled, unlabeled = tiny.batches(trainer)
     trainer.dataloader_unlabeled = iter([unlabeled])
     output = trainer.train_step({**labeled, "target": torch.full_like(labeled["target"], 3)})
@@ -135,7 +140,7 @@ def test_cross_entropy_alone_of_a_batch_without_annotated_voxels_can_be_trained(
 @pytest.mark.parametrize("term", TERMS)
 def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size):
     tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
     trainer.loss_terms(labeled, unlabeled)[term].value.backward()
     student = 1 if term.endswith("partner") else 0
@@ -145,7 +150,7 @@ def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size
 
 @pytest.mark.parametrize("known", [True, False])
 def test_pseudo_labels_have_the_form_of_targets(tiny, known):
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
     crop = unlabeled["data"][..., 4:36, 4:36]
     outputs = trainer.network(crop)
@@ -157,7 +162,7 @@ def test_pseudo_labels_have_the_form_of_targets(tiny, known):
 
 
 def test_the_networks_start_with_different_weights(tiny):
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     first, second = (torch.cat([p.flatten() for p in n.parameters() if p.ndim > 1]) for n in trainer.networks)
     assert first.shape == second.shape
     assert (first != second).float().mean() > 0.99
@@ -187,7 +192,7 @@ PASSES = {
 @pytest.mark.parametrize("case", PASSES)
 def test_no_pass_is_computed_twice(tiny, case):
     settings, *expected = PASSES[case]
-    trainer = tiny.initialized(nnUNetTrainerFDPL, **settings)
+    trainer = initialized(tiny, **settings)
     spies = [Spy(network) for network in trainer.networks]
     trainer.loss_terms(*tiny.batches(trainer))
     counted = [
@@ -203,12 +208,12 @@ def test_no_pass_is_computed_twice(tiny, case):
     ({"fixed_weight": 0.0}, {"fixed", "fixed_partner"}), ({"dynamic_weight": 0.0}, {"dynamic", "dynamic_partner"}),
 ])  # fmt: skip
 def test_a_term_of_weight_zero_is_not_computed(tiny, settings, missing):
-    trainer = tiny.initialized(nnUNetTrainerFDPL, **settings)
+    trainer = initialized(tiny, **settings)
     assert set(trainer.loss_terms(*tiny.batches(trainer))) == set(trainer.term_names) - missing
 
 
 def test_without_a_shift_dynamic_equals_fixed(tiny):
-    trainer = tiny.initialized(nnUNetTrainerFDPL, shift=0.0)
+    trainer = initialized(tiny, shift=0.0)
     assert trainer.unlabeled_patch_size == tiny.patch
     terms = trainer.loss_terms(*tiny.batches(trainer))
     for student in ("", "_partner"):
@@ -225,12 +230,12 @@ def test_the_shift_stays_where_images_have_room(tiny, median, margin):
 @pytest.mark.parametrize(("side", "warned"), [(32, True), (40, False)])
 def test_the_log_says_where_dynamic_labels_equal_the_fixed_ones(tiny, side, warned):
     tiny.plans["configurations"]["2d"]["median_image_size_in_voxels"] = [side, side]
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     assert ("dynamic pseudo-labels equal the fixed ones" in Path(trainer.log_file).read_text()) == warned
 
 
 def test_weights_follow_the_ramp(tiny):
-    trainer = tiny.initialized(nnUNetTrainerFDPL, unlabeled_ramp=0.5, fixed_weight=1.0, dynamic_weight=2.0)
+    trainer = initialized(tiny, unlabeled_ramp=0.5, fixed_weight=1.0, dynamic_weight=2.0)
     batches = tiny.batches(trainer)
     for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
         trainer.current_epoch = epoch
@@ -241,7 +246,7 @@ def test_weights_follow_the_ramp(tiny):
 def test_a_single_unlabeled_image_is_mixed_with_a_labeled_one_and_its_labels(tiny, monkeypatch):
     """Inside the box the second network sees the labeled image, and learns its labels, not pseudo-labels."""
     tiny.plans["configurations"]["2d"]["batch_size"] = 2
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     box = torch.zeros(1, 1, *tiny.patch, dtype=torch.bool)
     box[..., 3:20, 5:30] = True
     monkeypatch.setattr(fixed_dynamic, "cutmix_boxes", lambda *_: box)
@@ -267,7 +272,7 @@ def test_ignored_voxels_of_a_labeled_partner_do_not_touch_the_loss(tmp_path, mon
     names = {"background": 0, "whole": [1, 2], "core": 2} if regions else {"background": 0, "a": 1, "b": 2}
     tiny.dataset_json |= {"labels": names | {"ignore": 3}} | ({"regions_class_order": [1, 2]} if regions else {})
     tiny.plans["configurations"]["3d_fullres"]["batch_size"] = 2
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     assert trainer.label_manager.has_regions == regions
     labeled, unlabeled = tiny.batches(trainer)
     labels = labeled["target"]
@@ -295,7 +300,7 @@ def test_ignored_voxels_of_a_labeled_partner_do_not_touch_the_loss(tmp_path, mon
 @torch.no_grad()
 def test_regions_are_decided_and_composed_channel_by_channel(tiny):
     tiny.dataset_json |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     like = torch.zeros(1, 2, *tiny.patch, dtype=torch.bool)
     whole = torch.randn(1, 1, 40, 40)
     center, shifted = whole[..., 4:36, 4:36], whole[..., 8:40, 0:32]
@@ -317,7 +322,7 @@ def test_crops_show_what_nnunets_patches_show_and_padding_never_wraps(tmp_path, 
     axes = torch.meshgrid(*[torch.arange(side) + 1.0 for side in shape], indexing="ij")
     image = torch.stack(axes).view(len(shape), *(() if len(shape) == 3 else (1,)), *shape).numpy()
     tiny._write_blosc(Path(f"{tiny.folder}_unlabeled") / "un_0.b2nd", image)
-    trainer = tiny.initialized(nnUNetTrainerFDPL)
+    trainer = initialized(tiny)
     dataset = UnlabeledDataset([c for c in trainer.find_unlabeled_cases() if c.identifier == "un_0"])
     margin, sizes = trainer.unlabeled_margin, trainer.unlabeled_patch_size
     loader = UnlabeledDataLoader(dataset, 1, sizes, tiny.patch, trainer.label_manager)
@@ -359,7 +364,7 @@ def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkey
 
     made = []
     monkeypatch.setattr(unlabeled_data, "in_background_workers", lambda loader, *_: made.append(loader))
-    trainer = tiny.initialized(nnUNetTrainerFDPL, rotation_degrees=15)
+    trainer = initialized(tiny, rotation_degrees=15)
     trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     unlabeled_data.make_unlabeled_loader(trainer, trainer.find_unlabeled_cases(), trainer._augmentation)
     angles = [(-np.pi / 12, np.pi / 12)] * 3

@@ -6,8 +6,9 @@ Departures from the paper: nnU-Net's loss, optimizer and augmentation; a residua
 instead of a 3D ResNet beside a V-Net; any number of classes, and regions; a reliable voxel is one where both networks
 are sure; the paper names no weights but the contrastive one, here all are 1 but that, with a common ramp; the teacher
 sees unlabeled images before nnU-Net's changes of intensity, which the paper does not make (weak and strong views as in
-FixMatch, Sohn et al. 2020); all terms but the supervised wait until every structure is learned. On several devices,
-entropies are compared and prototypes made on each for itself.
+FixMatch, Sohn et al. 2020); a first quarter of the epochs is spent on labels alone (tuned, docs/results.md), and all
+terms but the supervised wait until every structure is learned. On several devices, entropies are compared and
+prototypes made on each for itself.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class DualNetworkParameters(SemiSupervisedParameters):
     """Hyper-parameters of the dual networks."""
 
     supervised_fraction: float = parameter(
-        0.0, "fraction of the epochs trained on labels alone, before the other terms", minimum=0.0, maximum=1.0
+        0.25, "fraction of the epochs trained on labels alone, before the other terms", minimum=0.0, maximum=1.0
     )
     unlabeled_ramp: float = parameter(
         0.4, "fraction of stage 2 over which the weights of all terms but the supervised rise", minimum=0.0, maximum=1.0

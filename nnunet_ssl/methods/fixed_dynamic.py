@@ -8,8 +8,9 @@ number of classes, and regions; crops in 3D are shifted in a random direction pe
 larger than the patch, and show zeros where they leave the image; a single unlabeled image per batch is mixed with a
 labeled one, whose labels then count inside the box. The summary at hand names neither weight, ramp nor shift: weights
 of 0.2 with a Gaussian ramp (tuned, docs/results.md), an eighth of the side. The networks label images before nnU-Net's
-changes of intensity, which the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020).
-Pseudo-labels count once every structure is learned.
+changes of intensity, which the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020). A first
+quarter of the epochs, on labels alone, goes before (tuned as well), and pseudo-labels count once every structure is
+learned.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class FixedDynamicParameters(SemiSupervisedParameters):
     """Hyper-parameters of co-training with fixed and dynamic pseudo-labels."""
 
     supervised_fraction: float = parameter(
-        0.0, "fraction of the epochs trained on labels alone, before the pseudo-labels", minimum=0.0, maximum=1.0
+        0.25, "fraction of the epochs trained on labels alone, before the pseudo-labels", minimum=0.0, maximum=1.0
     )
     unlabeled_ramp: float = parameter(
         0.4, "fraction of stage 2 over which the weights of the pseudo-labels rise", minimum=0.0, maximum=1.0
