@@ -52,8 +52,9 @@ def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> n
     """Remove small objects, then all but the largest, then fill holes.
 
     An object is a set of voxels of one structure that touch, at corners too; of several largest ones of equal size
-    all stay. A hole is background that its structure encloses: no path over faces leads from it to the border of the
-    image. Voxels of other structures stay as they are.
+    all stay. What is removed becomes background, also where it lies inside a larger region. A hole is background that
+    its structure encloses: no path over faces leads from it to the border of the image. Voxels of other structures stay
+    as they are.
 
     Args:
         labels: Label map (*S), 2D or 3D.
@@ -71,7 +72,8 @@ def clean(labels: np.ndarray, spacing: Sequence[float], cleaning: Cleaning) -> n
         too_small = sizes < smallest
         too_small[0] = False
         cleaned[too_small[objects]] = 0
-    for structure in cleaning.single:
+    # Of nested regions the outer one first: the inner one's largest object is one that stays.
+    for structure in sorted(cleaning.single, key=len, reverse=True):
         objects, _ = label(np.isin(cleaned, structure), touching)
         voxels = np.bincount(objects.ravel())
         voxels[0] = 0

@@ -366,9 +366,9 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
             bare(self.partner).load_state_dict(state["partner"]["weights"])
         self.learned.restore(state)
         then = state["hyperparameters"]
-        changed = {k: v for k, v in self.hp.as_dict().items() if then.get(k, v) != v}
+        changed = [f"{k} {v} (was {then[k]})" for k, v in self.hp.as_dict().items() if then.get(k, v) != v]
         if changed:
-            self.print_to_log_file(f"WARNING: the plans have changed since this checkpoint was written: {changed}")
+            self.print_to_log_file("WARNING: changed since this checkpoint was written:", ", ".join(changed))
         if self.local_rank == 0:
             self._state_to_restore = state["random_state"]
         elif self.hp.seed is not None:

@@ -317,7 +317,7 @@ def test_configure_writes_plans_to_train_the_partner_alone(tiny, capsys):
 
 @pytest.fixture
 def trained(tiny):
-    trainer = tiny.trainer(nnUNetTrainerDualNet, num_epochs=1)
+    trainer = tiny.trainer(nnUNetTrainerDualNet, num_epochs=1, supervised_fraction=0.0)
     trainer.run_training()
     return tiny, trainer
 

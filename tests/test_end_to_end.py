@@ -19,7 +19,8 @@ from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.trainers_folder import trainers_folder
 
 ROOT = Path(__file__).parent.parent
-QUICK = ("num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "save_every=1", "seed=0")
+QUICK = ("num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "save_every=1", "seed=0",
+         "supervised_fraction=0.5")  # fmt: skip
 
 
 class Day:

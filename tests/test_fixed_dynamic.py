@@ -374,7 +374,7 @@ def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkey
 
 
 def test_the_log_tells_terms_and_statistics(tiny):
-    trainer = tiny.trainer(nnUNetTrainerFDPL, num_epochs=2)
+    trainer = tiny.trainer(nnUNetTrainerFDPL, num_epochs=2, supervised_fraction=0.0)
     trainer.run_training()
     (log,) = Path(trainer.output_folder).glob("training_log*")
     text = log.read_text()

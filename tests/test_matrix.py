@@ -30,7 +30,7 @@ from nnunet_ssl.trainers_folder import trainers_folder
 NAMES = [t.__name__ for t in TRAINERS]
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 QUICK = ("num_epochs=2", "num_iterations_per_epoch=1", "num_val_iterations_per_epoch=1", "save_every=1", "seed=0",
-         "mirror_axes=[]")  # fmt: skip
+         "mirror_axes=[]", "supervised_fraction=0.5")  # fmt: skip
 SIDE, DEPTH = 32, 16
 
 

@@ -86,7 +86,7 @@ def test_patches_are_the_middle_of_the_images(tiny):
 
 @pytest.mark.parametrize(("every", "epochs"), [(0, []), (2, [2, 4]), (3, [3, 4])])
 def test_a_training_draws_and_logs(tiny, every, epochs):
-    trainer = tiny.trainer(nnUNetTrainerFDPL, picture_every=every)
+    trainer = tiny.trainer(nnUNetTrainerFDPL, picture_every=every, supervised_fraction=0.0)
     trainer.run_training()
     folder = Path(trainer.output_folder)
     expected = [Path(picture_file(str(folder), epoch)).name for epoch in epochs]

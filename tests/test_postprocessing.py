@@ -98,12 +98,13 @@ def test_of_objects_of_equal_size_all_stay_and_an_empty_map_stays_empty():
     assert not clean(np.zeros_like(labels), (1, 1), only_largest).any()
 
 
-def test_of_nested_regions_the_inner_one_stays_where_the_outer_does():
+@pytest.mark.parametrize("names", [{"whole": [1, 2], "core": 2}, {"core": 2, "whole": [1, 2]}], ids=" ".join)
+def test_of_nested_regions_the_inner_one_stays_where_the_outer_does(names):
     labels = np.zeros((12, 12), np.uint8)
     labels[0:6, 0:6] = 1
     labels[2, 2] = 2
     labels[9:12, 9:12] = 2
-    regions = read_cleaning({"background": 0, "whole": [1, 2], "core": 2}, None, None, [])
+    regions = read_cleaning({"background": 0, **names}, None, None, [])
     cleaned = clean(labels, (1, 1), regions)
     assert cleaned[2, 2] == 2
     assert (cleaned > 0).sum() == 36

@@ -19,7 +19,7 @@ VERBS = {
     "configure": "write a plans file with hyper-parameters, or with a smaller network",
     "train": "train in processes that torchrun starts, on several machines",
     "compare": "score trainers on held-out cases, and write tables and a report page",
-    "postprocess": "remove small objects and fill holes in predictions",
+    "postprocess": "remove small or separate objects and fill holes in predictions",
     "export": "make a model folder of the second network of a dual training",
     "demo": "run everything on a small data set and compare with supervised training",
 }

@@ -122,7 +122,10 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         return terms | {name: LossTerm(value, weights[name] * ramp) for name, value in values.items()}
 
     def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Both networks' labels, where they disagree, the pseudo-labels of the last teacher and where they count."""
+        """Both networks' labels, where they disagree, the last teacher's pseudo-labels and where they count.
+
+        The plan's network stands for the teacher in stage 1.
+        """
         regions = self.label_manager.has_regions
         logits = [quiet_pass(network, images) for network in self.networks]
         labels = [label_map(z, regions) for z in logits]

@@ -161,7 +161,7 @@ def make_trainer(cls: type, case: Case, device: torch.device, bfloat16: bool = F
         settings: Further hyper-parameters.
     """
     plans = copy.deepcopy(case.plans) | {"dataset_name": DATASET, "continue_training": False}
-    # Only the second stage costs more than the stock trainer; every transform moves something.
+    # All terms are on in the second stage; every transform moves something.
     plans["ssl"] = {"supervised_fraction": 0.0, "identity_probability": 0.0, "cpu_bfloat16": bfloat16} | settings
     channels = len(plans["configurations"][case.configuration]["normalization_schemes"])
     labels = {"background": 0, **{f"structure {i}": i for i in range(1, case.num_labels)}}
