@@ -368,7 +368,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         then = state["hyperparameters"]
         changed = [f"{k} {v} (was {then[k]})" for k, v in self.hp.as_dict().items() if then.get(k, v) != v]
         if changed:
-            self.print_to_log_file("WARNING: changed since this checkpoint was written:", ", ".join(changed))
+            self.print_to_log_file("WARNING: hyper-parameters changed since this checkpoint:", ", ".join(changed))
         if self.local_rank == 0:
             self._state_to_restore = state["random_state"]
         elif self.hp.seed is not None:

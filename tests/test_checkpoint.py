@@ -83,7 +83,7 @@ def test_changed_plans_are_said_when_continuing(tiny):
     file = f"{trained(tiny, nnUNetTrainerSemiTC).output_folder}/checkpoint_final.pth"
     trainer = tiny.trainer(nnUNetTrainerSemiTC, num_epochs=3, num_iterations_per_epoch=1)
     trainer.load_checkpoint(file)
-    assert "changed since this checkpoint was written: num_epochs 3 (was 2)" in Path(trainer.log_file).read_text()
+    assert "hyper-parameters changed since this checkpoint: num_epochs 3 (was 2)" in Path(trainer.log_file).read_text()
 
 
 def test_changed_examples_are_said_when_continuing(tiny):
