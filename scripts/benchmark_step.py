@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--bfloat16", action="store_true", help="on the CPU, train with autocast")
+    parser.add_argument("--stage", type=int, default=2, choices=(1, 2), help="of the training, in steps and memory")
     parser.add_argument("--repetitions", type=int, default=9, help="turns")
     parser.add_argument("--smoke", action="store_true", help="smallest cases and one turn: does everything work")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
@@ -76,7 +77,8 @@ def main() -> None:
         folder = Path(name)
         use_folders(folder)
         if arguments.memory_of:
-            print(peak_memory(every[int(arguments.memory_of[0])], arguments.memory_of[1], device, arguments.bfloat16))
+            number, trainer = arguments.memory_of
+            print(peak_memory(every[int(number)], trainer, device, arguments.bfloat16, arguments.stage))
             return
         if arguments.list_of:
             print(*start_with_list(arguments.list_of, folder))
@@ -86,13 +88,14 @@ def main() -> None:
         cases = [every[i] for i in numbers]
         script, bfloat16 = Path(__file__), arguments.bfloat16
         again = [f"--{name}" for name in ("smoke", "bfloat16") if getattr(arguments, name)]
-        again += ["--device", arguments.device, *(w for pair in arguments.plans for w in ("--plans", *pair))]
+        again += ["--device", arguments.device, "--stage", str(arguments.stage)]
+        again += [word for pair in arguments.plans for word in ("--plans", *pair)]
         by_number = dict(zip(numbers, cases))
         # Loaders are measured with networks that leave them little time, unless plans were asked for.
         quick = by_number if arguments.smoke or arguments.plans else dict(enumerate(small_cases(), len(every)))
         batches = 4 if arguments.smoke else 60
         parts = {
-            "steps": lambda: compare_steps(cases, names, device, turns, bfloat16),
+            "steps": lambda: compare_steps(cases, names, device, turns, bfloat16, arguments.stage),
             "memory": lambda: compare_memory(by_number, names, script, again),
             "waiting": lambda: share_waiting(quick, names, device, folder, max(arguments.workers), batches),
             "usual": lambda: compare_usual_ways(cases, device, turns),

@@ -150,19 +150,27 @@ def case_of_plans(file: Path, configuration: str) -> Case:
     return Case(f"{plans['dataset_name']} {configuration}", plans, configuration, num_labels)
 
 
-def make_trainer(cls: type, case: Case, device: torch.device, bfloat16: bool = False, **settings: Any) -> nnUNetTrainer:
-    """A trainer in training mode, in the stage in which its whole loss is on.
+def make_trainer(
+    cls: type, case: Case, device: torch.device, bfloat16: bool = False, stage: int = 2, **settings: Any
+) -> nnUNetTrainer:
+    """A trainer in training mode, in its first epoch.
 
     Args:
         cls: The stock trainer's, or one of this package.
         case: What to train.
         device: Where.
         bfloat16: On the CPU, whether the trainers of this package use autocast.
+        stage: That this epoch belongs to: 1, with labels alone, or 2, with the whole loss.
         settings: Further hyper-parameters.
     """
     plans = copy.deepcopy(case.plans) | {"dataset_name": DATASET, "continue_training": False}
-    # All terms are on in the second stage; every transform moves something.
-    plans["ssl"] = {"supervised_fraction": 0.0, "identity_probability": 0.0, "cpu_bfloat16": bfloat16} | settings
+    # Every transform moves something.
+    first_stage = 0.5 if stage == 1 else 0.0
+    plans["ssl"] = {
+        "supervised_fraction": first_stage,
+        "identity_probability": 0.0,
+        "cpu_bfloat16": bfloat16,
+    } | settings
     channels = len(plans["configurations"][case.configuration]["normalization_schemes"])
     labels = {"background": 0, **{f"structure {i}": i for i in range(1, case.num_labels)}}
     dataset_json = {
@@ -193,15 +201,16 @@ def make_batches(trainer: nnUNetTrainer, case: Case) -> tuple[dict[str, Any], di
 
 
 def make_step(
-    cls: type, case: Case, device: torch.device, bfloat16: bool = False
+    cls: type, case: Case, device: torch.device, bfloat16: bool = False, stage: int = 2
 ) -> tuple[nnUNetTrainer, Callable[[], object]]:
-    """A trainer, and a function that does one training step on a batch in memory."""
-    trainer = make_trainer(cls, case, device, bfloat16)
+    """A trainer, and a function that does one training step of a stage on a batch in memory."""
+    trainer = make_trainer(cls, case, device, bfloat16, stage)
     labeled, unlabeled = make_batches(trainer, case)
     if cls is nnUNetTrainer:
         labeled["target"] = downsample_target(labeled["target"], output_shapes(trainer, case))
     else:
-        trainer.dataloader_unlabeled = iter(lambda: unlabeled, None)
+        trainer.dataloader_unlabeled = iter(lambda: unlabeled, None) if trainer.uses_unlabeled else None
+        trainer.dataloader_train = iter(lambda: labeled, None)
     if hasattr(trainer, "choose_teacher"):
         fix_roles(trainer)
     return trainer, lambda: trainer.train_step(labeled)

@@ -30,8 +30,10 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
     Supervised needs one pass of the labeled batch; SupTC, SemiTC and SemiTC+ one of two versions of everything.
     DualNet's student learns from everything; its teacher learns from the labeled batch and labels the unlabeled one.
     FDPL's networks learn from everything, with nnU-Net's loss on pseudo-labels too, and label two crops of unlabeled
-    images.
+    images. In stage 1 every network learns from a whole batch of labels.
     """
+    if not getattr(trainer, "in_second_stage", True):
+        num_labeled, num_unlabeled = num_labeled + num_unlabeled, 0
     labeled, unlabeled = (
         torch.randn(n, trainer.num_input_channels, *case.patch).to(trainer.device) for n in (num_labeled, num_unlabeled)
     )
@@ -42,6 +44,8 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
     labeling: list[tuple[nn.Module, torch.Tensor]] = []
     if isinstance(trainer, nnUNetTrainerSupTC):
         learning = [(networks[0], torch.cat([labeled, labeled, unlabeled, unlabeled]), 2 * num_labeled)]
+    elif not num_unlabeled:
+        learning = [(network, labeled, num_labeled) for network in networks]
     elif isinstance(trainer, nnUNetTrainerDualNet):
         learning = [(networks[0], labeled, num_labeled), (networks[1], both, num_labeled)]
         labeling = [(networks[0], unlabeled)]
@@ -86,21 +90,23 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
     return floor
 
 
-def make_pair(name: str, case: Case, device: torch.device, bfloat16: bool) -> tuple[Any, list[Callable[[], object]]]:
+def make_pair(
+    name: str, case: Case, device: torch.device, bfloat16: bool, stage: int = 2
+) -> tuple[Any, list[Callable[[], object]]]:
     """A trainer, and its floor and its step."""
-    trainer, step = make_step(MEASURED[name], case, device, bfloat16)
+    trainer, step = make_step(MEASURED[name], case, device, bfloat16, stage)
     floor = make_floor(trainer, case, trainer.batch_size, getattr(trainer, "unlabeled_batch_size", 0))
     return trainer, [floor, step]
 
 
 def compare_steps(
-    cases: Sequence[Case], names: Sequence[str], device: torch.device, repetitions: int, bfloat16: bool
+    cases: Sequence[Case], names: Sequence[str], device: torch.device, repetitions: int, bfloat16: bool, stage: int
 ) -> None:
-    """Every trainer's step beside its floor; the stock trainer's ratio says how much of a ratio is noise."""
+    """Every trainer's step of a stage beside its floor; the stock trainer's ratio says how much of a ratio is noise."""
     header("case", "trainer", "samples", "floor", "step", "samples per second", "ratio (quartiles)")
     for case in cases:
         for name in names:
-            trainer, functions = make_pair(name, case, device, bfloat16 and name != "stock")
+            trainer, functions = make_pair(name, case, device, bfloat16 and name != "stock", stage)
             samples = trainer.batch_size + getattr(trainer, "unlabeled_batch_size", 0)
             times = time_in_turns(functions, repetitions, device)
             floor, step = sorted(times[:, 0])[len(times) // 2], sorted(times[:, 1])[len(times) // 2]
@@ -109,10 +115,10 @@ def compare_steps(
             del trainer, functions
 
 
-def peak_memory(case: Case, name: str, device: torch.device, bfloat16: bool) -> float:
+def peak_memory(case: Case, name: str, device: torch.device, bfloat16: bool, stage: int) -> float:
     """Peak memory of a trainer and two steps in GiB: of the GPU, or of this process beyond what it had before."""
     before = peak_of_process()
-    _, step = make_step(MEASURED[name], case, device, bfloat16)
+    _, step = make_step(MEASURED[name], case, device, bfloat16, stage)
     for _ in range(2):
         step()
     return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_of_process() - before
