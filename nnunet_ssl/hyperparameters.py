@@ -119,8 +119,8 @@ class SemiSupervisedParameters(HyperParameters):
     )
     unlabeled_fraction: float = parameter(
         0.5,
-        "largest part of each batch that is unlabeled, at least one example; where unlabeled cases are fewer than that "
-        "part of all cases, their part of them",
+        "largest part of each batch that is unlabeled, at least one example; where the square of the unlabeled cases' "
+        "part of all cases is less, that",
         minimum=0.0,
         maximum=1.0,
     )

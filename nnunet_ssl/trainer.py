@@ -155,7 +155,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         super()._set_batch_size_and_oversample()
         if self.uses_unlabeled:
             self.probabilistic_oversampling = True
-            self._share_batch(1, 1)  # the cases are not known yet
+            self._share_batch(0, 1)  # the cases are not known yet: as if the unlabeled ones were the many
 
     def _share_batch(self, labeled_cases: int, unlabeled_cases: int) -> None:
         total, centered = self.batch_size + self.unlabeled_batch_size, self.oversample_foreground_percent

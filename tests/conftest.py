@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure() -> None:
     # More threads than cores this process may use would wait for each other.
-    torch.set_num_threads(min(2, len(own_cores())))
+    torch.set_num_threads(min(2, torch.get_num_threads(), len(own_cores())))
 
 
 def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4, ssl: dict | None = None) -> dict:
@@ -116,12 +116,12 @@ SSL = {
 
 
 class TinyDataset:
-    """A preprocessed data set in nnU-Net's folders: 4 labeled, 3 hidden, 2 validation, 2 unlabeled cases."""
+    """A preprocessed data set in nnU-Net's folders: 4 labeled, 3 hidden, 2 validation, 8 unlabeled cases."""
 
     labeled = ("lab_0", "lab_1", "lab_2", "lab_3")
     hidden = ("hid_0", "hid_1", "hid_2")
     validation = ("val_0", "val_1")
-    unlabeled = ("un_0", "un_1")
+    unlabeled = tuple(f"un_{i}" for i in range(8))
 
     def __init__(self, root: Path, patch: tuple[int, ...], num_labels: int = 3, channels: int = 1) -> None:
         self.root, self.patch, self.channels, self.num_labels = root, patch, channels, num_labels

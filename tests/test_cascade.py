@@ -30,6 +30,8 @@ SHAPE = (20, 20, 20)
 class Cascade(TinyDataset):
     """Both stages' data; the unlabeled images are larger in the second stage."""
 
+    unlabeled = ("un_0", "un_1")
+
     def __init__(self, root: Path) -> None:
         super().__init__(root, PATCHES["3d"])
         configurations = self.plans["configurations"]

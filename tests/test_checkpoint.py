@@ -91,7 +91,7 @@ def test_changed_examples_are_said_when_continuing(tiny):
     file = f"{trained(tiny, nnUNetTrainerSemiTC).output_folder}/checkpoint_final.pth"
     for gone, message in (
         (False, None),
-        (True, "3 unlabeled cases: 0 are new, 2 of those it began with are gone"),
+        (True, "3 unlabeled cases: 0 are new, 8 of those it began with are gone"),
     ):
         if gone:
             shutil.rmtree(f"{tiny.folder}{UNLABELED_SUFFIX}")
@@ -102,7 +102,7 @@ def test_changed_examples_are_said_when_continuing(tiny):
         assert ("WARNING: this training goes on with" in log) == gone
         if message:
             assert f"goes on with {message}" in log
-            assert "goes on with 5 labeled + 3 unlabeled examples per batch, and began with 4 labeled + 4 unl" in log
+            assert "goes on with 7 labeled + 1 unlabeled examples per batch, and began with 4 labeled + 4 unl" in log
 
 
 def test_pretrained_weights_start_the_second_stage(tiny):

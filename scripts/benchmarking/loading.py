@@ -20,7 +20,7 @@ from benchmarking.timing import header, peak_of_process, row
 from nnunet_ssl.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
 from nnunet_ssl.unlabeled_data import find_unlabeled_cases, make_unlabeled_loader
 
-_NUM_CASES = 8
+_NUM_CASES = 4
 # More batches than the loaders' queues hold.
 _WARM_UP = 20
 

@@ -241,13 +241,13 @@ def output_shapes(trainer: nnUNetTrainer, case: Case) -> list[tuple[int, ...]]:
 
 
 def write_cases(case: Case, folder: Path, sides: tuple[int, ...], number: int) -> None:
-    """Preprocessed cases of noise, half of them with hidden labels, and the split that says so.
+    """Preprocessed cases of noise, three of four with hidden labels, and the split that says so: half of a batch each.
 
     Args:
         case: What to train.
         folder: nnUNet_preprocessed.
         sides: Of every image, in voxels.
-        number: Of labeled cases, and of hidden ones.
+        number: Of labeled cases.
     """
     base = folder / DATASET
     configuration = PlansManager(case.plans).get_configuration(case.configuration)
@@ -255,7 +255,7 @@ def write_cases(case: Case, folder: Path, sides: tuple[int, ...], number: int) -
     cases.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     shape = (1, *sides) if len(sides) == 2 else sides
-    identifiers = [f"case_{i:03}" for i in range(2 * number + 1)]
+    identifiers = [f"case_{i:03}" for i in range(4 * number + 1)]
     for identifier in identifiers:
         labels = rng.integers(0, case.num_labels, (1, *shape)).astype(np.int16)
         image = rng.normal(size=(channels, *shape)).astype(np.float32)
