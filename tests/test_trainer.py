@@ -100,7 +100,7 @@ def test_stages_and_the_log(tiny):
     assert losses[1] == pytest.approx(supervised[1], abs=1e-5)
     assert losses[3] == pytest.approx(supervised[3] + consistency[3], abs=1e-5)
     text = log_of(trainer)
-    assert "Training with 5 unlabeled cases (3 hidden label, 2 imagesUn)" in text
+    assert "Training with 11 unlabeled cases (3 hidden label, 8 imagesUn), 2 labeled + 2 unlabeled per batch" in text
     assert "Stage 2: the semi-supervised terms are on" in text
     assert "Hyper-parameters: {'num_epochs': 4" in text
     assert f"consistency {consistency[3]:.4f}" in text
