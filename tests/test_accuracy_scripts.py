@@ -45,9 +45,9 @@ def write_dataset(folder: Path, dims: int) -> None:
 
 def start(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPTS / script), *words]
-    # Longer than the smoke scale takes beside other tests on a slow machine: it ends what hangs, and measures nothing.
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *words], env=environment, capture_output=True, text=True, timeout=600
+    )
 
 
 def run(script: str, *words: str) -> str:

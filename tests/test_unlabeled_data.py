@@ -333,7 +333,7 @@ def test_a_share_is_the_nearest_possible(total):
 
 @pytest.mark.parametrize(("labeled", "examples"), [(5, 2), (10, 2), (25, 2), (50, 1), (80, 1)])
 def test_the_more_labels_the_fewer_unlabeled_examples(labeled, examples):
-    """Of 99 cases and a batch of 4, as measured in docs/results.md."""
+    """Of 99 cases and a batch of 4: up to 50 as docs/results.md reports them."""
     assert share_batch(4, 0.33, labeled, 99 - labeled)[:2] == (4 - examples, examples)
 
 
