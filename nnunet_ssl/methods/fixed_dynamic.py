@@ -7,7 +7,7 @@ Departures from the paper: nnU-Net's loss with deep supervision on pseudo-labels
 number of classes, and regions; crops in 3D are shifted in a random direction per axis, by less where images are hardly
 larger than the patch, and show zeros where they leave the image; a single unlabeled image per batch is mixed with a
 labeled one, whose labels then count inside the box. The summary at hand names neither weight, ramp nor shift: weights
-of 0.2 with a Gaussian ramp (tuned, docs/results.md), an eighth of the side. The networks label images before nnU-Net's
+of 0.2 with a Gaussian ramp (tuned, docs/tuning.md), an eighth of the side. The networks label images before nnU-Net's
 changes of intensity, which the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020). A first
 quarter of the epochs, on labels alone, goes before (tuned as well), and pseudo-labels count once every structure is
 learned.
