@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Draw what the contrastive term does to a toy feature space: docs/pictures/contrastive.png.
+"""Draw what the contrastive term does to a toy feature space.
 
 Three classes of unit vectors in space that overlap at first; half of the points are reliable and make the prototypes,
 the other half is uncertain and pulled to them.
 
-    python scripts/draw_contrastive.py
+    python scripts/draw_contrastive.py --out docs/pictures/contrastive.png
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +24,14 @@ POINTS, CLASSES, MARGIN, STEPS = 120, 3, 1.0, 300
 COLORS = ("tab:blue", "tab:orange", "tab:green")
 
 
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the picture")
+    return parser.parse_args()
+
+
 def main() -> None:
+    target = parse_arguments().out
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(CLASSES).repeat_interleave(POINTS).view(1, 1, 1, -1)
     angles = 0.25 * labels[0, 0, 0] + 0.15 * torch.randn(CLASSES * POINTS, generator=generator)
@@ -44,8 +52,7 @@ def main() -> None:
     panels[2].set(title="contrastive term", xlabel="step", ylim=0)
     figure.suptitle("three classes of unit vectors: reliable o, uncertain x, prototype *")
     figure.tight_layout()
-    target = Path(__file__).parents[1] / "docs" / "pictures" / "contrastive.png"
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=80)
     print(f"Written to {target}")
 
