@@ -20,15 +20,15 @@ from typing import Any
 from accuracy_tables import Values, collect, overview, tables
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
-from nnunet_ssl.cpu import cpu_has_bfloat16, own_cores
+from nnunet_ssl.data.raw_images import TEST_FOLDER, UNLABELED_FOLDER
+from nnunet_ssl.data.splits import hide_labels
 from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.files import write_atomically
-from nnunet_ssl.hyperparameters import PLANS_KEY
 from nnunet_ssl.methods import TRAINERS
-from nnunet_ssl.raw_images import TEST_FOLDER, UNLABELED_FOLDER
-from nnunet_ssl.run_record import RECORD_FILE
-from nnunet_ssl.splits import hide_labels
-from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.runtime.cpu import cpu_has_bfloat16, own_cores
+from nnunet_ssl.training.hyperparameters import PLANS_KEY
+from nnunet_ssl.training.run_record import RECORD_FILE
+from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 _SMALL = "nnUNetPlansSmall"
 # They decide on patch, batch and network; the plans with them are made once.

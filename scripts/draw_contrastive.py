@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from nnunet_ssl.contrastive import class_prototypes, contrastive_loss
+from nnunet_ssl.losses.contrastive import class_prototypes, contrastive_loss
 
 matplotlib.use("agg")
 from matplotlib import pyplot

@@ -20,7 +20,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
-from nnunet_ssl.mixing import compose_pseudo_labels, cutmix_boxes, mix, shifted_crop
+from nnunet_ssl.transforms.mixing import compose_pseudo_labels, cutmix_boxes, mix, shifted_crop
 
 matplotlib.use("agg")
 from matplotlib import pyplot

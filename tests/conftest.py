@@ -15,9 +15,9 @@ from made_up_results import Results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_ssl.cpu import own_cores
+from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
 from nnunet_ssl.methods import TRAINERS
-from nnunet_ssl.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
+from nnunet_ssl.runtime.cpu import own_cores
 
 # Reading order of the shapes: 2D, isotropic 3D, anisotropic 3D (nnU-Net augments its slices as 2D images).
 PATCHES = {"2d": (32, 32), "3d": (16, 16, 16), "anisotropic": (4, 32, 32)}
@@ -229,7 +229,7 @@ def _nnunet_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     monkeypatch.setenv("nnUNet_compile", "0")
     # Drawing takes longer than training a tiny network; test_progress_png_shows_the_terms draws for real.
-    monkeypatch.setattr("nnunet_ssl.term_logger.TermLogger.plot_progress_png", lambda self, folder: None)
+    monkeypatch.setattr("nnunet_ssl.training.logger.TermLogger.plot_progress_png", lambda self, folder: None)
     stock_logger = "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png"
     monkeypatch.setattr(stock_logger, lambda self, folder: None)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.run_record import RECORD_FILE
+from nnunet_ssl.training.run_record import RECORD_FILE
 
 DATASET, CONFIGURATION = "Dataset902_Shapes", "2d"
 LABELS = {"background": 0, "disk": 1, "square": 2}

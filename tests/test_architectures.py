@@ -13,10 +13,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_ssl.interpolation import spline_matrix
-from nnunet_ssl.losses import downsample_target
+from nnunet_ssl.losses.predictions import downsample_target
 from nnunet_ssl.methods import nnUNetTrainerDualNet
-from nnunet_ssl.plans import RESIDUAL, with_partner_network
+from nnunet_ssl.nnunet.plans import RESIDUAL, with_partner_network
+from nnunet_ssl.transforms.interpolation import spline_matrix
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=str)

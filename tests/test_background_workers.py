@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from nnunet_ssl.background_workers import WatchedAugmenter
+from nnunet_ssl.data.workers import WatchedAugmenter
 from nnunet_ssl.methods import nnUNetTrainerSemiTC
 
 
@@ -66,7 +66,7 @@ def test_a_pause_of_the_process_is_no_waiting(monkeypatch):
         clock["jumps"] += 1
         return real() + 3600 * (clock["jumps"] > 1)
 
-    monkeypatch.setattr("nnunet_ssl.background_workers.time.monotonic", jumping)
+    monkeypatch.setattr("nnunet_ssl.data.workers.time.monotonic", jumping)
     assert next(loader)["data"][0] == 2
     loader._finish(timeout=1, force=True)
 

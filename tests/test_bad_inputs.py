@@ -28,9 +28,9 @@ from PIL import Image
 from test_faults import forked
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.data.preprocessing import UNLABELED_SUFFIX
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC
-from nnunet_ssl.preprocessing import UNLABELED_SUFFIX
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs copies of this process")
 HEALTHY = ("healthy_a", "healthy_b")

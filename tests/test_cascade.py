@@ -16,12 +16,12 @@ from conftest import PATCHES, TinyDataset
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.cascade import previous_stage
 from nnunet_ssl.cli import main
+from nnunet_ssl.data.cases import make_unlabeled_loader
+from nnunet_ssl.data.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX, preprocessing_settings
+from nnunet_ssl.data.previous_stage import previous_stage
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
-from nnunet_ssl.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX, preprocessing_settings
-from nnunet_ssl.unlabeled_data import make_unlabeled_loader
 
 SECOND = "3d_cascade_fullres"
 SHAPE = (20, 20, 20)
@@ -160,7 +160,7 @@ PREDICT = ("cascade", "-d", "900", "-tr", "nnUNetTrainerSupervised", "-f", "0", 
 
 
 def test_the_first_stage_segments_the_unlabeled_images(first_stage, capsys, monkeypatch):
-    from nnunet_ssl.trainers_folder import trainers_folder
+    from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
     # One image has more voxels in the second stage.

@@ -12,11 +12,11 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_ssl.checkpoint import STATE_KEY, random_state, restore_random_state
+from nnunet_ssl.data.preprocessing import UNLABELED_SUFFIX
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replace_atomically, write_atomically, write_together
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
-from nnunet_ssl.preprocessing import UNLABELED_SUFFIX
+from nnunet_ssl.training.checkpoint import STATE_KEY, random_state, restore_random_state
 
 
 def trained(tiny, cls, **ssl):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.evaluation.comparison import MEAN
-from nnunet_ssl.run_record import RECORD_FILE
+from nnunet_ssl.training.run_record import RECORD_FILE
 
 
 def test_values_are_those_of_the_shifts(results: Results, capsys: pytest.CaptureFixture[str]):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.contrastive import class_prototypes, contrastive_loss, draw_voxels
+from nnunet_ssl.losses.contrastive import class_prototypes, contrastive_loss, draw_voxels
 
 SHAPES = [(6, 5), (3, 4, 5)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_ssl.cpu import cpu_has_bfloat16
+from nnunet_ssl.runtime.cpu import cpu_has_bfloat16
 
 CPU_INFO = Path("/proc/cpuinfo")
 

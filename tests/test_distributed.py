@@ -18,14 +18,14 @@ from test_end_to_end import QUICK, Day
 from torch import distributed as dist
 from torch import multiprocessing
 
+from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.cli import main
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset
-from nnunet_ssl.distributed import device_of_process, local_rank, mean_over_ranks
 from nnunet_ssl.methods import TRAINERS
-from nnunet_ssl.networks import bare
-from nnunet_ssl.optimization import LossTerm, weighted_sum
-from nnunet_ssl.term_logger import TermLogger
-from nnunet_ssl.trainers_folder import trainers_folder
+from nnunet_ssl.nnunet.trainers_folder import trainers_folder
+from nnunet_ssl.runtime.distributed import device_of_process, local_rank, mean_over_ranks
+from nnunet_ssl.training.logger import TermLogger
+from nnunet_ssl.training.step import LossTerm, weighted_sum
 
 NAMES = [t.__name__ for t in TRAINERS]
 # What leaves a loss that is a mean over samples, or a Dice over the whole batch: without random draws and thresholds
@@ -62,8 +62,8 @@ def weights(trainer: Any) -> torch.Tensor:
 
 def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
     """A whole training with loaders; what rank 1 may not write fails."""
-    import nnunet_ssl.monitor
-    import nnunet_ssl.trainer as module
+    import nnunet_ssl.training.monitor
+    import nnunet_ssl.training.trainer as module
 
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("a second process writes")
@@ -71,7 +71,7 @@ def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
     if rank == 1:
         for name in ("write_checkpoint", "write_record", "note_validation", "Monitor"):
             setattr(module, name, refuse)
-        nnunet_ssl.monitor._draw = refuse
+        nnunet_ssl.training.monitor._draw = refuse
         TermLogger.plot_progress_png = refuse
     trainer = tiny.trainer(cls, supervised_fraction=0.5, num_epochs=2, picture_every=1, learned_dice=0.5)
     steps: list[np.ndarray] = []

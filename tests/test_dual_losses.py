@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import entropy as scipy_entropy
 
-from nnunet_ssl.losses import (
+from nnunet_ssl.losses.predictions import (
     cosine_distance,
     entropy,
     kl_divergence,

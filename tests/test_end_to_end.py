@@ -16,7 +16,7 @@ from PIL import Image
 
 from nnunet_ssl.demo.synthetic import LABELS, Sizes, draw_case, write_dataset
 from nnunet_ssl.methods import TRAINERS
-from nnunet_ssl.trainers_folder import trainers_folder
+from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "save_every=1", "seed=0",

@@ -11,8 +11,8 @@ from conftest import PATCHES, TinyDataset
 from scipy.special import log_softmax
 
 from nnunet_ssl import mixing
+from nnunet_ssl.data.cases import UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.methods import fixed_dynamic, nnUNetTrainerFDPL
-from nnunet_ssl.unlabeled_data import UnlabeledDataLoader, UnlabeledDataset
 
 TERMS = nnUNetTrainerFDPL.unlabeled_terms
 

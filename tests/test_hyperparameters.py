@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.hyperparameters import HyperParameters
 from nnunet_ssl.methods import TRAINERS
-from nnunet_ssl.methods.transformation_consistency import TransformationConsistencyParameters as Parameters
+from nnunet_ssl.methods.semi_tc import TransformationConsistencyParameters as Parameters
+from nnunet_ssl.training.hyperparameters import HyperParameters
 
 
 def read(block, cls=Parameters):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.interpolate import CubicSpline
 
-from nnunet_ssl.interpolation import knots_between, look_up, spline_matrix
+from nnunet_ssl.transforms.interpolation import knots_between, look_up, spline_matrix
 
 
 @pytest.mark.parametrize(("first", "last", "spacing"), [(0, 63, 2), (-4, 100, 7.5), (0, 1, 1), (0, 9, 100), (0, 0, 1)])

@@ -13,8 +13,8 @@ from PIL import Image
 from test_invariants import assert_equal_weights, train
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.data.preprocessing import UNLABELED_SUFFIX
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTCPlus
-from nnunet_ssl.preprocessing import UNLABELED_SUFFIX
 
 USING = [t for t in TRAINERS if t.uses_unlabeled]
 

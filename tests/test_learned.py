@@ -8,8 +8,8 @@ import torch
 from conftest import TinyDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_ssl.learned import LearnedStructures, names_of_channels, overlap_counts
 from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.training.learned import LearnedStructures, names_of_channels, overlap_counts
 
 SEMI = [t for t in TRAINERS if t.unlabeled_terms]
 

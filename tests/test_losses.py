@@ -7,7 +7,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 
-from nnunet_ssl.losses import (
+from nnunet_ssl.losses.predictions import (
     SMOOTH,
     SoftIoULoss,
     downsample_target,

@@ -25,7 +25,7 @@ import torch
 
 from nnunet_ssl.demo.synthetic import draw_case
 from nnunet_ssl.methods import TRAINERS
-from nnunet_ssl.trainers_folder import trainers_folder
+from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 
 NAMES = [t.__name__ for t in TRAINERS]
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
+from nnunet_ssl.transforms.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
 
 # Patch and margin; the last is anisotropic, with no shift across its slices.
 CASES = {"2d": ((7, 6), (2, 1)), "3d": ((5, 6, 4), (1, 2, 2)), "anisotropic": ((3, 8, 6), (0, 3, 1))}

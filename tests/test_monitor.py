@@ -10,10 +10,10 @@ import torch
 from conftest import PATCHES, TinyDataset
 from PIL import Image
 
+from nnunet_ssl.data.cases import UnlabeledDataset
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerDualNet, nnUNetTrainerFDPL
-from nnunet_ssl.monitor import PSEUDO_LABELS, Monitor, mean_dice, picture_file
-from nnunet_ssl.term_logger import TermLogger
-from nnunet_ssl.unlabeled_data import UnlabeledDataset
+from nnunet_ssl.training.logger import TermLogger
+from nnunet_ssl.training.monitor import PSEUDO_LABELS, Monitor, mean_dice, picture_file
 
 USERS = [cls for cls in TRAINERS if cls.uses_unlabeled]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.optimization import LossTerm, backward, gradient_is_broken, on_host, scaled, step, weighted_sum
+from nnunet_ssl.training.step import LossTerm, backward, gradient_is_broken, on_host, scaled, step, weighted_sum
 
 
 def test_weighted_sum():

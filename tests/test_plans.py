@@ -13,8 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.nnunet_files import check_configuration
-from nnunet_ssl.plans import shrink, with_hyperparameters
+from nnunet_ssl.nnunet.checks import check_configuration
+from nnunet_ssl.nnunet.plans import shrink, with_hyperparameters
 
 
 def nnunet_like_plans(patch: tuple[int, ...]) -> dict:

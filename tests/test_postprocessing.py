@@ -13,7 +13,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from PIL import Image
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.postprocessing import Cleaning, clean, read_cleaning
+from nnunet_ssl.evaluation.postprocessing import Cleaning, clean, read_cleaning
 
 LABELS = {"background": 0, "heart": 1, "lung": 2, "ignore": 3}
 

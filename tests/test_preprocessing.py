@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.preprocessing import SETTINGS_FILE
+from nnunet_ssl.data.preprocessing import SETTINGS_FILE
 
 LABELS = {"background": 0, "structure": 1}
 
@@ -171,8 +171,8 @@ def test_other_plans_need_overwrite(raw, capsys):
 
 
 def test_a_dying_worker_is_reported():
-    from nnunet_ssl.preprocessing import _in_processes
-    from nnunet_ssl.raw_images import RawCase
+    from nnunet_ssl.data.preprocessing import _in_processes
+    from nnunet_ssl.data.raw_images import RawCase
 
     reports = list(_in_processes(_die, [RawCase("a", ()), RawCase("b", ())], (os.getpid(),), 2))
     assert {r.identifier for r in reports} == {"a", "b"}

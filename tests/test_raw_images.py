@@ -11,9 +11,9 @@ import pytest
 from conftest import PATCHES, TinyDataset
 from test_preprocessing import RawDataset
 
+from nnunet_ssl.data.raw_images import raw_identifiers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerSemiTC
-from nnunet_ssl.raw_images import raw_identifiers
 
 
 @pytest.fixture

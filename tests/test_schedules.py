@@ -8,7 +8,7 @@ import pytest
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunet_ssl.schedules import RestartingPolyLRScheduler, first_epoch_of_second_stage, gaussian_ramp
+from nnunet_ssl.training.schedules import RestartingPolyLRScheduler, first_epoch_of_second_stage, gaussian_ramp
 
 
 def rates(scheduler_class, *arguments, epochs):

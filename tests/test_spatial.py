@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from nnunet_ssl.spatial import (
+from nnunet_ssl.transforms.displacement import (
     MAX_STRAIN,
     align_displacements,
     compose_displacements,

@@ -10,8 +10,8 @@ from conftest import make_dataset_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.data.splits import hide_labels, load_or_make_splits
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.splits import hide_labels, load_or_make_splits
 
 CASES = [f"case_{i:02d}" for i in range(20)]
 

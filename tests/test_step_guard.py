@@ -10,8 +10,8 @@ import torch
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSupervised
-from nnunet_ssl.optimization import LossTerm
-from nnunet_ssl.step_guard import LONGEST_RUN, StepGuard
+from nnunet_ssl.training.step import LossTerm
+from nnunet_ssl.training.step_guard import LONGEST_RUN, StepGuard
 
 
 def weights(trainer) -> torch.Tensor:

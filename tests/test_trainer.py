@@ -17,13 +17,13 @@ from conftest import PATCHES, TinyDataset, make_dataset_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_ssl.augmentation import Augmentation, warning_about_sides
 from nnunet_ssl.cli import VERBS, main
+from nnunet_ssl.data.augmentation import Augmentation, warning_about_sides
+from nnunet_ssl.data.label_names import labels_that_name_sides
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.label_names import labels_that_name_sides
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised, nnUNetTrainerSupTC
-from nnunet_ssl.term_logger import TermLogger
-from nnunet_ssl.trainers_folder import trainers_folder
+from nnunet_ssl.nnunet.trainers_folder import trainers_folder
+from nnunet_ssl.training.logger import TermLogger
 
 
 def log_of(trainer) -> str:
@@ -208,7 +208,7 @@ def test_bfloat16_on_the_cpu_is_off_by_default(tiny):
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("has", [True, False])
 def test_bfloat16_on_a_cpu_without_it_is_warned_about(tiny, monkeypatch, asked, has):
-    monkeypatch.setattr("nnunet_ssl.cpu.cpu_has_bfloat16", lambda: has)
+    monkeypatch.setattr("nnunet_ssl.runtime.cpu.cpu_has_bfloat16", lambda: has)
     trainer = tiny.trainer(TRAINERS[0], cpu_bfloat16=asked)
     (log,) = Path(trainer.output_folder).glob("training_log*")
     assert ("this CPU emulates bfloat16" in log.read_text()) == (asked and not has)
@@ -218,7 +218,7 @@ def test_bfloat16_on_a_cpu_without_it_is_warned_about(tiny, monkeypatch, asked, 
 def test_no_more_threads_than_cores(tiny, monkeypatch, cores, threads):
     """nnUNetv2_train asks for one per core of the machine, also in a process that was given a single one."""
     before = torch.get_num_threads()
-    monkeypatch.setattr("nnunet_ssl.cpu.own_cores", lambda: cores)
+    monkeypatch.setattr("nnunet_ssl.runtime.cpu.own_cores", lambda: cores)
     try:
         torch.set_num_threads(2)
         tiny.trainer(TRAINERS[0])

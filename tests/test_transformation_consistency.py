@@ -8,9 +8,9 @@ import torch
 from conftest import PATCHES, TinyDataset
 from scipy.ndimage import gaussian_filter
 
-from nnunet_ssl.losses import probabilities, soft_iou_loss
+from nnunet_ssl.losses.predictions import probabilities, soft_iou_loss
 from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSupTC
-from nnunet_ssl.spatial import align_displacements, inside_mask, warp, without_margin
+from nnunet_ssl.transforms.displacement import align_displacements, inside_mask, warp, without_margin
 
 
 def initialized(tiny, cls=nnUNetTrainerSemiTC, **ssl):

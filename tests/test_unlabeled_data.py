@@ -15,6 +15,15 @@ from conftest import PATCHES, TinyDataset, make_dataset_json, make_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import binary_erosion
 
+from nnunet_ssl.data.cases import (
+    LabeledBatches,
+    UnlabeledCase,
+    UnlabeledDataLoader,
+    UnlabeledDataset,
+    outside_of_mask,
+    share_batch,
+)
+from nnunet_ssl.data.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import (
     nnUNetTrainerDualNet,
@@ -22,15 +31,6 @@ from nnunet_ssl.methods import (
     nnUNetTrainerSemiTC,
     nnUNetTrainerSemiTCPlus,
     nnUNetTrainerSupTC,
-)
-from nnunet_ssl.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX
-from nnunet_ssl.unlabeled_data import (
-    LabeledBatches,
-    UnlabeledCase,
-    UnlabeledDataLoader,
-    UnlabeledDataset,
-    outside_of_mask,
-    share_batch,
 )
 
 

@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from tqdm import tqdm
 
-    from nnunet_ssl.cascade import predict_previous_stage
+    from nnunet_ssl.data.previous_stage import predict_previous_stage
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_configurations, require_variables
+    from nnunet_ssl.nnunet.folders import dataset_name, read_plans, require_configurations, require_variables
 
     preprocessed, results = require_variables("nnUNet_preprocessed", "nnUNet_results")
     name = dataset_name(arguments.dataset)

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _what_to_compare(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.evaluation.candidates import Query, find_trained
-    from nnunet_ssl.nnunet_folders import dataset_name, require_variables
+    from nnunet_ssl.nnunet.folders import dataset_name, require_variables
 
     if arguments.predictions:
         return _given(arguments)
@@ -114,7 +114,7 @@ def _what_to_compare(arguments: argparse.Namespace) -> tuple[str, list[Candidate
 def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.evaluation.candidates import find_given
-    from nnunet_ssl.nnunet_folders import read_dataset_json
+    from nnunet_ssl.nnunet.folders import read_dataset_json
 
     if any((arguments.dataset, arguments.configuration, arguments.folds, arguments.trainers, arguments.plans,
             arguments.best)):  # fmt: skip

@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the file and say what to run next."""
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.files import write_atomically
-    from nnunet_ssl.nnunet_files import using
-    from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_configurations, require_variables
-    from nnunet_ssl.plans import shrink, with_hyperparameters, with_partner_network
+    from nnunet_ssl.nnunet.checks import using
+    from nnunet_ssl.nnunet.folders import dataset_name, read_plans, require_configurations, require_variables
+    from nnunet_ssl.nnunet.plans import shrink, with_hyperparameters, with_partner_network
 
     (preprocessed,) = require_variables("nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)
@@ -94,8 +94,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         UserError: For a setting without "=", an unknown name or an ill-typed value.
     """
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.hyperparameters import PLANS_KEY, HyperParameters
     from nnunet_ssl.methods import TRAINERS
+    from nnunet_ssl.training.hyperparameters import PLANS_KEY, HyperParameters
 
     values: dict[str, Any] = {}
     for setting in settings:

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 
-from nnunet_ssl.trainers_folder import trainers_folder
+from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

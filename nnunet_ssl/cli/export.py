@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder and say how to predict with it."""
-    from nnunet_ssl.export import export_partner
-    from nnunet_ssl.nnunet_folders import dataset_name, require_variables
+    from nnunet_ssl.nnunet.folders import dataset_name, require_variables
+    from nnunet_ssl.training.export import export_partner
 
     (results,) = require_variables("nnUNet_results")
     dataset = dataset_name(arguments.dataset)

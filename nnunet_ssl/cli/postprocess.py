@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnunet_ssl.postprocessing import Cleaning
+    from nnunet_ssl.evaluation.postprocessing import Cleaning
 
 
 def add_cleaning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_cleaning_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cleaning_of(arguments: argparse.Namespace, labels: Mapping[str, Any]) -> Cleaning:
     """What these options ask for, given ``labels`` of dataset.json."""
-    from nnunet_ssl.postprocessing import read_cleaning
+    from nnunet_ssl.evaluation.postprocessing import read_cleaning
 
     return read_cleaning(labels, arguments.remove_below, arguments.fill_holes, arguments.keep_largest)
 
@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.label_maps import reader_class
-    from nnunet_ssl.nnunet_folders import read_dataset_json
-    from nnunet_ssl.postprocessing import clean_file
+    from nnunet_ssl.evaluation.postprocessing import clean_file
+    from nnunet_ssl.nnunet.folders import read_dataset_json
+    from nnunet_ssl.nnunet.label_maps import reader_class
 
     file = arguments.dataset_json or arguments.input / "dataset.json"
     if not file.is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnunet_ssl.raw_images import CaseReport, RawCase
+    from nnunet_ssl.data.raw_images import CaseReport, RawCase
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,16 +43,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Preprocess every configuration; 1 if a case failed."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+    from nnunet_ssl.data.preprocessing import TEST_SUFFIX, UNLABELED_SUFFIX
+    from nnunet_ssl.data.raw_images import TEST_FOLDER, UNLABELED_FOLDER, find_raw_cases, raw_identifiers
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.nnunet_folders import (
+    from nnunet_ssl.nnunet.folders import (
         dataset_name,
         read_dataset_json,
         read_plans,
         require_configurations,
         require_variables,
     )
-    from nnunet_ssl.preprocessing import TEST_SUFFIX, UNLABELED_SUFFIX
-    from nnunet_ssl.raw_images import TEST_FOLDER, UNLABELED_FOLDER, find_raw_cases, raw_identifiers
 
     raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)
@@ -102,7 +102,7 @@ def _preprocess(
 ) -> list[CaseReport]:
     from tqdm import tqdm
 
-    from nnunet_ssl.preprocessing import preprocess_cases
+    from nnunet_ssl.data.preprocessing import preprocess_cases
 
     cases = cases[arguments.part_id :: arguments.num_parts]
     total, running = preprocess_cases(

@@ -24,9 +24,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folds and print a table of them."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    from nnunet_ssl.nnunet_folders import dataset_name, read_dataset_json, require_variables
-    from nnunet_ssl.raw_images import UNLABELED_FOLDER, raw_identifiers
-    from nnunet_ssl.splits import NNUNET_NUM_FOLDS, hide_labels, load_or_make_splits, write_splits
+    from nnunet_ssl.data.raw_images import UNLABELED_FOLDER, raw_identifiers
+    from nnunet_ssl.data.splits import NNUNET_NUM_FOLDS, hide_labels, load_or_make_splits, write_splits
+    from nnunet_ssl.nnunet.folders import dataset_name, read_dataset_json, require_variables
 
     raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)

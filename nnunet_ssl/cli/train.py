@@ -42,10 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2.run import load_pretrained_weights
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-    from nnunet_ssl.distributed import joined_processes
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.nnunet_folders import dataset_name, read_plans, require_configurations, require_variables
-    from nnunet_ssl.nnunet_names import replaced
+    from nnunet_ssl.nnunet.folders import dataset_name, read_plans, require_configurations, require_variables
+    from nnunet_ssl.nnunet.patching import replaced
+    from nnunet_ssl.runtime.distributed import joined_processes
 
     _check_trainer(arguments.trainer)
     _, preprocessed, _ = require_variables("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -79,7 +79,7 @@ def _check_trainer(name: str) -> None:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.trainer import SemiSupervisedTrainer
+    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
     try:
         found = recursive_find_trainer_class_by_name(name)

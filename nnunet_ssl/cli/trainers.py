@@ -38,7 +38,7 @@ def _first_line(trainer: type) -> str:
 
 
 def _print_hyperparameters(kind: type) -> None:
-    from nnunet_ssl.hyperparameters import describe_type
+    from nnunet_ssl.training.hyperparameters import describe_type
 
     fields = dataclasses.fields(kind)
     width = max(len(f.name) for f in fields)

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nnunet_ssl.cpu import own_cores
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.trainers_folder import trainers_folder
+from nnunet_ssl.nnunet.trainers_folder import trainers_folder
+from nnunet_ssl.runtime.cpu import own_cores
 
 _EPOCH = re.compile(r"Epoch (\d+)\b")
 

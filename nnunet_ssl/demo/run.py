@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cpu import cpu_has_bfloat16
+from nnunet_ssl.data.label_names import labels_that_name_sides
 from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.demo.picture import draw_cases
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset
@@ -25,8 +25,8 @@ from nnunet_ssl.evaluation.candidates import (
 from nnunet_ssl.evaluation.comparison import evaluate
 from nnunet_ssl.evaluation.formatting import terminal_tables
 from nnunet_ssl.evaluation.output import write_comparison
-from nnunet_ssl.label_names import labels_that_name_sides
-from nnunet_ssl.nnunet_folders import read_json
+from nnunet_ssl.nnunet.folders import read_json
+from nnunet_ssl.runtime.cpu import cpu_has_bfloat16
 
 BASELINE = "nnUNetTrainerSupervised"
 METHOD = "nnUNetTrainerSemiTC"

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_ssl.data.cases import TRANSDUCTIVE
+from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.nnunet_folders import read_dataset_json, read_json
-from nnunet_ssl.run_record import RECORD_FILE
-from nnunet_ssl.splits import read_splits
-from nnunet_ssl.unlabeled_data import TRANSDUCTIVE
+from nnunet_ssl.nnunet.folders import read_dataset_json, read_json
+from nnunet_ssl.training.run_record import RECORD_FILE
 
 NOT_RECORDED = " (not recorded)"
 _SPLIT_LINE = re.compile(r"This (?:random 80:20 )?split has (\d+) training and (\d+) validation cases")

@@ -11,8 +11,8 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
 from nnunet_ssl.evaluation.comparison import MEAN, Comparison, read_truth
 from nnunet_ssl.evaluation.figures import TRUTH_COLOR, color, contour_picture
-from nnunet_ssl.label_maps import read_image, read_labels, reader_class
-from nnunet_ssl.postprocessing import Cleaning, clean
+from nnunet_ssl.evaluation.postprocessing import Cleaning, clean
+from nnunet_ssl.nnunet.label_maps import read_image, read_labels, reader_class
 
 # Display window of an image's gray values, in percentiles.
 _WINDOW = (0.5, 99.5)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
 from nnunet_ssl.evaluation.metrics import DISTANCES, LOWER_IS_BETTER, METRICS, case_metrics, structures_of
+from nnunet_ssl.evaluation.postprocessing import Cleaning, clean
 from nnunet_ssl.evaluation.statistics import Difference, compare_to_first
-from nnunet_ssl.label_maps import knows_spacing, read_labels, reader_class
-from nnunet_ssl.postprocessing import Cleaning, clean
+from nnunet_ssl.nnunet.label_maps import knows_spacing, read_labels, reader_class
 
 MEAN = "mean of structures"
 NUM_WORST = 5

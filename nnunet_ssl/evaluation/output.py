@@ -11,9 +11,9 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.candidates import Candidate, Reference
 from nnunet_ssl.evaluation.case_pictures import draw_cases
 from nnunet_ssl.evaluation.comparison import Comparison, as_json, write_csv
+from nnunet_ssl.evaluation.postprocessing import Cleaning
 from nnunet_ssl.evaluation.report import build_report
 from nnunet_ssl.files import write_together
-from nnunet_ssl.postprocessing import Cleaning
 
 
 def check_output_folder(folder: Path) -> None:

@@ -1,14 +1,14 @@
 """One method, one file; this is the table of them."""
 
-from nnunet_ssl.methods.dual_network import nnUNetTrainerDualNet
-from nnunet_ssl.methods.fixed_dynamic import nnUNetTrainerFDPL
-from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
-from nnunet_ssl.methods.transformation_consistency import (
+from nnunet_ssl.methods.dual_net import nnUNetTrainerDualNet
+from nnunet_ssl.methods.fdpl import nnUNetTrainerFDPL
+from nnunet_ssl.methods.semi_tc import (
     nnUNetTrainerSemiTC,
     nnUNetTrainerSemiTCPlus,
     nnUNetTrainerSupTC,
 )
-from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
+from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 TRAINERS: tuple[type[SemiSupervisedTrainer], ...] = (
     nnUNetTrainerSupervised,

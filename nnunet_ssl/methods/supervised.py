@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnunet_ssl.optimization import LossTerm
-from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.training.step import LossTerm
+from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 
 class nnUNetTrainerSupervised(SemiSupervisedTrainer):

@@ -12,8 +12,8 @@ import torch
 
 from benchmarking.setups import MEASURED, Case, make_step
 from benchmarking.timing import header, row, time_in_turns
-from nnunet_ssl.monitor import Monitor
-from nnunet_ssl.unlabeled_data import UnlabeledCase
+from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.training.monitor import Monitor
 
 _STEPS_PER_EPOCH, _EVERY = 250, 50
 

@@ -20,7 +20,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.losses import downsample_target
+from nnunet_ssl.losses.predictions import downsample_target
 from nnunet_ssl.methods import TRAINERS
 
 # The stock trainer first; the others in the order of the README.

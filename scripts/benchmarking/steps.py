@@ -13,9 +13,9 @@ from torch import nn
 
 from benchmarking.setups import MEASURED, Case, autocast_of, make_step, output_shapes
 from benchmarking.timing import header, peak_of_process, ratio_of, row, time_in_turns
-from nnunet_ssl.losses import downsample_target
+from nnunet_ssl.blocks.networks import full_resolution, split_outputs
+from nnunet_ssl.losses.predictions import downsample_target
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSupTC
-from nnunet_ssl.networks import full_resolution, split_outputs
 
 # The stock trainer's bound on the norm of a network's gradient.
 _GRADIENT_NORM = 12

@@ -18,10 +18,16 @@ from torch import nn
 
 from benchmarking.setups import Case, make_trainer
 from benchmarking.timing import header, row, time_in_turns
-from nnunet_ssl.losses import entropy, log_probabilities, upper_threshold
+from nnunet_ssl.blocks.networks import full_resolution
+from nnunet_ssl.losses.predictions import entropy, log_probabilities, upper_threshold
 from nnunet_ssl.methods import nnUNetTrainerSupervised
-from nnunet_ssl.networks import full_resolution
-from nnunet_ssl.spatial import align_displacements, sample_displacement, solver_grid, warp, without_margin
+from nnunet_ssl.transforms.displacement import (
+    align_displacements,
+    sample_displacement,
+    solver_grid,
+    warp,
+    without_margin,
+)
 
 _SMOOTHNESS, _DISPLACEMENT = 0.1, 0.02
 _FRACTION = 0.8

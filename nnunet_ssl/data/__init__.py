@@ -1,0 +1,1 @@
+"""Cases, preprocessing, loaders, batches and views."""

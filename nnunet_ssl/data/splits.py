@@ -1,0 +1,114 @@
+"""Folds with hidden labels, appended to nnU-Net's splits_final.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_atomically
+from nnunet_ssl.nnunet.checks import check_splits
+from nnunet_ssl.nnunet.folders import read_json
+
+# nnU-Net's own, so that the default folds made here are the ones it would have made.
+NNUNET_SPLIT_SEED = 12345
+NNUNET_NUM_FOLDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class NewFold:
+    """A fold with hidden labels: its number in the file, where its cases come from, and the split itself."""
+
+    number: int
+    base_fold: int
+    split: dict[str, list[str]]
+
+
+def load_or_make_splits(splits_file: str, identifiers: Sequence[str]) -> list[dict[str, Any]]:
+    """The folds of the file; nnU-Net's default five where there is none yet.
+
+    Raises:
+        UserError: For a broken file or too few cases for nnU-Net's default folds.
+    """
+    if not os.path.isfile(splits_file):
+        if len(identifiers) < NNUNET_NUM_FOLDS:
+            raise UserError(
+                f"The data set has {len(identifiers)} labeled cases; nnU-Net's default folds need at least "
+                f"{NNUNET_NUM_FOLDS}. Train fold 'all' instead, or write {splits_file} yourself."
+            )
+        ordered = [str(i) for i in np.sort(list(identifiers))]
+        return generate_crossval_split(ordered, seed=NNUNET_SPLIT_SEED, n_splits=NNUNET_NUM_FOLDS)
+    return read_splits(splits_file)
+
+
+def read_splits(splits_file: str) -> list[dict[str, Any]]:
+    """The folds of an existing file.
+
+    Raises:
+        UserError: Naming the fold that is wrong.
+    """
+    return check_splits(read_json(Path(splits_file), "nnU-Net makes it when it trains first."), splits_file)
+
+
+def hide_labels(
+    splits: Sequence[dict[str, Any]], base_folds: Sequence[int], labeled_counts: Sequence[int], seed: int
+) -> list[NewFold]:
+    """Split the training cases of existing folds into labeled and unlabeled ones.
+
+    Larger labeled subsets contain the smaller ones of the same base fold; the validation cases stay the fold's.
+
+    Args:
+        splits: The folds there are.
+        base_folds: Which of them to draw from.
+        labeled_counts: How many cases keep their labels.
+        seed: Of the draw.
+
+    Returns:
+        The new folds, numbered as they will stand in the file.
+
+    Raises:
+        UserError: For a fold that does not exist, more labels than cases, or a fold that exists already.
+    """
+    new: list[NewFold] = []
+    for base in base_folds:
+        if base not in range(len(splits)):
+            raise UserError(f"There is no fold {base}; the file has the folds 0 to {len(splits) - 1}.")
+        if "unlabeled" in splits[base]:
+            raise UserError(f"Fold {base} has hidden labels already; draw from one of nnU-Net's own folds.")
+        pool = sorted(splits[base]["train"])
+        order = np.random.default_rng([seed, base]).permutation(len(pool))
+        for count in labeled_counts:
+            if not 0 < count < len(pool):
+                raise UserError(
+                    f"--labeled {count}: fold {base} has {len(pool)} training cases; give a number from 1 to "
+                    f"{len(pool) - 1}, so that at least one case is left unlabeled."
+                )
+            split = {
+                "train": sorted(pool[i] for i in order[:count]),
+                "val": list(splits[base]["val"]),
+                "unlabeled": sorted(pool[i] for i in order[count:]),
+            }
+            _refuse_existing(splits, split, count)
+            new.append(NewFold(len(splits) + len(new), base, split))
+    return new
+
+
+def write_splits(splits_file: str, splits: Sequence[dict[str, Any]]) -> None:
+    """Replace the file at once; a kill leaves the old one."""
+    write_atomically(splits_file, json.dumps(list(splits), indent=4).encode())
+
+
+def _refuse_existing(splits: Sequence[dict[str, Any]], split: dict[str, list[str]], count: int) -> None:
+    for number, existing in enumerate(splits):
+        if all(sorted(existing.get(key, [])) == sorted(split[key]) for key in split):
+            raise UserError(
+                f"Fold {number} is this split already ({count} labeled cases, same seed); existing folds are never "
+                f"rewritten. Train fold {number}, or draw another split with --seed."
+            )

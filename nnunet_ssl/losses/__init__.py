@@ -1,0 +1,1 @@
+"""Pure functions of predictions: no weights, no randomness."""

@@ -1,0 +1,1 @@
+"""nnU-Net's training overridden once, and what a method is."""

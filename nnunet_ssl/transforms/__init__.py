@@ -1,0 +1,1 @@
+"""Functions of images and label maps; what is random takes a generator."""
