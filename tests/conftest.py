@@ -1,26 +1,18 @@
-"""Data sets, trainers and batches that the tests make themselves, small enough for seconds."""
+"""Options, environment and fixtures of the tests."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from made_up_results import Results
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.runtime.cpu import own_cores
-
-# Reading order of the shapes: 2D, isotropic 3D, anisotropic 3D (nnU-Net augments its slices as 2D images).
-PATCHES = {"2d": (32, 32), "3d": (16, 16, 16), "anisotropic": (4, 32, 32)}
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,188 +29,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_configure() -> None:
     # More threads than cores this process may use would wait for each other.
     torch.set_num_threads(min(2, torch.get_num_threads(), len(own_cores())))
-
-
-def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4, ssl: dict | None = None) -> dict:
-    """nnU-Net plans with a tiny network; "2d" or "3d_fullres" by the number of sides."""
-    dims = len(patch)
-    name = "2d" if dims == 2 else "3d_fullres"
-    stride = [[1] * dims, *[[2 if side >= 8 else 1 for side in patch]] * 3]
-    resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "data_identifier": f"nnUNetPlans_{name}",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": batch_size,
-        "patch_size": list(patch),
-        "median_image_size_in_voxels": [2.0 * side for side in patch],
-        "spacing": [1.0] * dims,
-        "normalization_schemes": ["ZScoreNormalization"] * channels,
-        "use_mask_for_norm": [False] * channels,
-        **{f"resampling_fn_{kind}": "resample_data_or_seg_to_shape" for kind in ("data", "seg", "probabilities")},
-        **{f"resampling_fn_{kind}_kwargs": dict(resampling, is_seg=kind == "seg") for kind in ("data", "seg")},
-        "resampling_fn_probabilities_kwargs": resampling,
-        "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-            "arch_kwargs": {
-                "n_stages": 4,
-                "features_per_stage": [4, 8, 8, 8],
-                "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
-                "kernel_sizes": [[3] * dims] * 4,
-                "strides": stride,
-                "n_conv_per_stage": [1, 1, 1, 1],
-                "n_conv_per_stage_decoder": [1, 1, 1],
-                "conv_bias": True,
-                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
-                "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-        },
-        "batch_dice": dims == 2,
-    }
-    return {
-        "dataset_name": "Dataset900_Tiny",
-        "plans_name": "nnUNetPlans",
-        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
-        "original_median_shape_after_transp": [1, *patch] if dims == 2 else list(patch),
-        "image_reader_writer": "NaturalImage2DIO" if dims == 2 else "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "configurations": {name: configuration},
-        "experiment_planner_used": "ExperimentPlanner",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {
-            str(c): {k: 1.0 for k in ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")}
-            for c in range(channels)
-        },
-        **({"ssl": ssl} if ssl is not None else {}),
-    }
-
-
-def make_dataset_json(labels: dict[str, Any], channels: int = 1, regions_order: list[int] | None = None) -> dict:
-    content = {
-        "channel_names": {str(c): f"channel {c}" for c in range(channels)},
-        "labels": labels,
-        "numTraining": 4,
-        "file_ending": ".png",
-    }
-    return content | ({"regions_class_order": regions_order} if regions_order else {})
-
-
-# Noise is never learned: unlabeled terms wait in test_learned, and where a test asks for it.
-SSL = {
-    "num_epochs": 4, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 3, "save_every": 1,
-    "learned_dice": 0.0,
-}  # fmt: skip
-
-
-class TinyDataset:
-    """A preprocessed data set in nnU-Net's folders: 4 labeled, 3 hidden, 2 validation, 8 unlabeled cases."""
-
-    labeled = ("lab_0", "lab_1", "lab_2", "lab_3")
-    hidden = ("hid_0", "hid_1", "hid_2")
-    validation = ("val_0", "val_1")
-    unlabeled = tuple(f"un_{i}" for i in range(8))
-
-    def __init__(self, root: Path, patch: tuple[int, ...], num_labels: int = 3, channels: int = 1) -> None:
-        self.root, self.patch, self.channels, self.num_labels = root, patch, channels, num_labels
-        self.shape = (1, *patch) if len(patch) == 2 else patch
-        self.plans = make_plans(patch, channels=channels, ssl=SSL)
-        (self.configuration,) = self.plans["configurations"]
-        names = ["background", *(f"structure {i}" for i in range(1, num_labels))]
-        self.dataset_json = make_dataset_json({n: i for i, n in enumerate(names)}, channels)
-        self.base = root / "nnUNet_preprocessed" / self.plans["dataset_name"]
-        self.folder = self.base / self.plans["configurations"][self.configuration]["data_identifier"]
-        self._write()
-
-    def _write(self) -> None:
-        for name in ("nnUNet_raw", "nnUNet_results"):
-            (self.root / name / self.plans["dataset_name"]).mkdir(parents=True)
-        un = Path(str(self.folder) + UNLABELED_SUFFIX)
-        self.folder.mkdir(parents=True)
-        un.mkdir()
-        rng = np.random.default_rng(0)
-        for case in (*self.labeled, *self.hidden, *self.validation):
-            self.write_case(case, rng)
-        for case in self.unlabeled:
-            self._write_blosc(un / f"{case}.b2nd", rng.normal(size=(self.channels, *self.shape)).astype(np.float32))
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-        settings = preprocessing_settings(PlansManager(self.plans), self.configuration)
-        (un / SETTINGS_FILE).write_text(json.dumps(settings))
-        split = {"train": list(self.labeled), "val": list(self.validation), "unlabeled": list(self.hidden)}
-        (self.base / "splits_final.json").write_text(json.dumps([split]))
-        (self.base / "dataset.json").write_text(json.dumps(self.dataset_json))
-        (self.base / "dataset_fingerprint.json").write_text("{}")
-
-    @staticmethod
-    def _write_blosc(file: Path, array: np.ndarray) -> None:
-        import blosc2
-
-        blosc2.asarray(np.ascontiguousarray(array), urlpath=str(file), mode="w")
-
-    def write_case(self, case: str, rng: np.random.Generator) -> None:
-        labels = rng.integers(0, self.num_labels, (1, *self.shape)).astype(np.int16)
-        image = (rng.normal(size=(self.channels, *self.shape)) + labels).astype(np.float32)
-        locations = {c: np.argwhere(labels == c) for c in range(1, self.num_labels)}
-        whole = tuple(image.shape)
-        nnUNetDatasetBlosc2.save_case(
-            image, labels, {"class_locations": locations}, str(self.folder / case), whole, whole, (1, *self.shape),
-            (1, *self.shape),
-        )  # fmt: skip
-
-    def scramble_labels(self, cases: tuple[str, ...]) -> None:
-        """Replace label files and class locations by noise; images stay."""
-        rng = np.random.default_rng(99)
-        for case in cases:
-            noise = rng.integers(0, self.num_labels, (1, *self.shape)).astype(np.int16)
-            self._write_blosc(self.folder / f"{case}_seg.b2nd", noise)
-            save_pickle({"class_locations": {1: rng.integers(0, 2, (5, 4))}}, str(self.folder / f"{case}.pkl"))
-
-    def scramble_labels_keeping_locations(self, cases: tuple[str, ...]) -> None:
-        """Replace label files by noise; nnU-Net's validation loader crops by class locations, so these stay."""
-        rng = np.random.default_rng(98)
-        for case in cases:
-            noise = rng.integers(0, self.num_labels, (1, *self.shape)).astype(np.int16)
-            self._write_blosc(self.folder / f"{case}_seg.b2nd", noise)
-
-    def trainer(self, cls: type, fold: int | str = 0, **ssl: Any) -> Any:
-        plans = json.loads(json.dumps(self.plans))
-        plans["ssl"].update(ssl)
-        plans["continue_training"] = False
-        trainer = cls(plans, self.configuration, fold, dict(self.dataset_json), torch.device("cpu"))
-        if not hasattr(trainer, "hp"):
-            for name, value in (
-                ("num_epochs", 4),
-                ("num_iterations_per_epoch", 2),
-                ("num_val_iterations_per_epoch", 1),
-            ):
-                setattr(trainer, name, value)
-        return trainer
-
-    def initialized(self, cls: type, **ssl: Any) -> Any:
-        """A trainer ready for steps, with all its networks in training mode."""
-        trainer = self.trainer(cls, **ssl)
-        trainer.initialize()
-        trainer.set_deep_supervision_enabled(True)
-        for network in trainer.networks:
-            network.train()
-        return trainer
-
-    def batches(self, trainer: Any, seed: int = 0) -> tuple[dict, dict]:
-        """A labeled and an unlabeled batch of noise, independent of any loader; the weak view is other noise."""
-        rng = torch.Generator().manual_seed(seed)
-        size = (self.channels, *self.patch)
-        labeled = trainer.batch_size
-        target = torch.randint(0, self.num_labels, (labeled, 1, *self.patch), generator=rng).to(torch.int16)
-        data = torch.randn((labeled, *size), generator=rng)
-        larger = getattr(trainer, "unlabeled_patch_size", self.patch)
-        unlabeled_size = (max(1, getattr(trainer, "unlabeled_batch_size", 0)), self.channels, *larger)
-        unlabeled, weak = (torch.randn(unlabeled_size, generator=rng) for _ in range(2))
-        return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "weak": weak, "keys": []}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,383 @@
+"""FDPL: terms against an independent computation, who teaches whom, how many passes, regions, ignored voxels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from nnunet_ssl.data.cases import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.methods import fdpl, nnUNetTrainerFDPL
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
+from nnunet_ssl.transforms import mixing
+
+TERMS = nnUNetTrainerFDPL.unlabeled_terms
+
+
+def initialized(tiny: TinyDataset, **ssl) -> nnUNetTrainerFDPL:
+    """In its second stage from the start."""
+    return tiny.initialized(nnUNetTrainerFDPL, **{"supervised_fraction": 0.0, **ssl})
+
+
+def has_gradient(network: torch.nn.Module) -> bool:
+    return any(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+class Spy:
+    """Sees every pass of a network: its input, and whether it keeps a graph."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.passes: list[tuple[torch.Tensor, bool]] = []
+        network.register_forward_pre_hook(lambda m, inputs: self.passes.append((inputs[0], torch.is_grad_enabled())))
+
+
+def nnunet_loss(logits: list[np.ndarray], labels: np.ndarray, alpha: float | None = None) -> float:
+    """Cross-entropy minus the mean Dice of the structures, over the resolutions of deep supervision."""
+    factors = np.array([1 / 2**i for i in range(len(logits))])
+    factors[-1] = 0
+    total = 0.0
+    for factor, z in zip(factors / factors.sum(), logits):
+        step = [round(a / b) for a, b in zip(labels.shape[2:], z.shape[2:])]
+        # Nearest-exact sampling reads the voxel in the middle.
+        index = np.ix_(*[np.arange(n) * s + s // 2 for n, s in zip(z.shape[2:], step)])
+        small = labels[:, 0][(slice(None), *index)]
+        log_p = log_softmax(z.astype(np.float64), axis=1)
+        cross_entropy = -np.take_along_axis(log_p, small[:, None].astype(np.int64), 1).mean()
+        axes = (0, *range(1, small.ndim)) if z.ndim == 4 else tuple(range(1, small.ndim))
+        dices = []
+        for k in range(1, z.shape[1]):
+            p, y = np.exp(log_p[:, k]), small == k
+            dices.append(np.mean((2 * (p * y).sum(axes) + 1e-5) / (p.sum(axes) + y.sum(axes) + 1e-5)))
+        weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+        total += factor * (weights[0] * cross_entropy - weights[1] * np.mean(dices))
+    return total
+
+
+def arrays(outputs: list[torch.Tensor]) -> list[np.ndarray]:
+    return [o.detach().numpy() for o in outputs]
+
+
+@pytest.mark.parametrize("cutmix", [True, False])
+@pytest.mark.parametrize("weak", [True, False])
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+@torch.no_grad()
+def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, weak, cutmix):
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    trainer = initialized(tiny, cutmix=cutmix, shift=0.25, weak_teacher=weak)
+    labeled, unlabeled = tiny.batches(trainer)
+    margin = {"2d": (8, 8), "3d": (4, 4, 4), "anisotropic": (0, 8, 8)}[patch]
+    assert trainer.unlabeled_margin == margin
+    shift = tuple(m * sign for m, sign in zip(margin, (1, -1, -1)))
+    boxes = mixing.cutmix_boxes(2, tiny.patch, 0.5, torch.Generator().manual_seed(1))
+    drawn = []
+    monkeypatch.setattr(fdpl, "draw_shift", lambda *a: drawn.append(a) or shift)
+    monkeypatch.setattr(fdpl, "cutmix_boxes", lambda *a: drawn.append(a) or boxes)
+    terms = trainer.loss_terms(labeled, unlabeled)
+    # One shift and one box for images and labels, as the hyper-parameters say.
+    expected = [(margin, trainer.generator), (2, tiny.patch, 0.5, trainer.generator, torch.device("cpu"))]
+    assert drawn == expected[: 1 + cutmix]
+
+    strong, to_label = (unlabeled[name].numpy() for name in ("data", "weak" if weak else "data"))
+    at_center = (..., *[slice(m, m + s) for m, s in zip(margin, tiny.patch)])
+    center = strong[at_center]
+    shifted = to_label[(..., *[slice(m + o, m + o + s) for m, o, s in zip(margin, shift, tiny.patch)])]
+    box = boxes.numpy()
+    # Two unlabeled images: each is mixed with the other one.
+    mixed = np.where(box, center[::-1], center) if cutmix else center
+    y_f, y_d = [], []
+    for network in trainer.networks:
+        labels, moved = (network(torch.tensor(i))[0].numpy().argmax(1)[:, None] for i in (to_label[at_center], shifted))
+        dynamic = labels.copy()
+        for q in np.ndindex(tiny.patch):
+            source = tuple(a - o for a, o in zip(q, shift))
+            if all(0 <= a < side for a, side in zip(source, tiny.patch)):
+                dynamic[(slice(None), 0, *q)] = moved[(slice(None), 0, *source)]
+        y_f.append(labels)
+        y_d.append(dynamic)
+    on_center = arrays(trainer.networks[0](torch.tensor(center)))
+    on_mixed = arrays(trainer.networks[1](torch.tensor(mixed)))
+    for name, labels in (("fixed", y_f), ("dynamic", y_d)):
+        for_second = np.where(box, labels[0][::-1], labels[0]) if cutmix else labels[0]
+        assert terms[name].value.item() == pytest.approx(nnunet_loss(on_center, labels[1]), rel=1e-4)
+        assert terms[f"{name}_partner"].value.item() == pytest.approx(nnunet_loss(on_mixed, for_second), rel=1e-4)
+    agreement, redecided = (trainer.statistics[name].item() for name in trainer.statistic_names)
+    assert agreement == pytest.approx((y_f[0] == y_f[1]).mean())
+    assert redecided == pytest.approx(np.mean([f != d for f, d in zip(y_f, y_d)]))
+    assert redecided > 0
+    supervised = nnunet_loss(arrays(trainer.networks[0](labeled["data"])), labeled["target"].numpy())
+    assert terms["supervised"].value.item() == pytest.approx(supervised, rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@torch.no_grad()
+def test_alpha_weighs_the_loss_on_labels_and_not_the_one_on_pseudo_labels(tiny, alpha):
+    weighted = initialized(tiny, cross_entropy_share=alpha)
+    plain = initialized(tiny)
+    labeled, unlabeled = tiny.batches(plain)
+    terms, reference = (t.loss_terms(labeled, unlabeled) for t in (weighted, plain))
+    for index, name in enumerate(("supervised", "supervised_partner")):
+        expected = nnunet_loss(arrays(weighted.networks[index](labeled["data"])), labeled["target"].numpy(), alpha)
+        assert terms[name].value.item() == pytest.approx(expected, rel=1e-4)
+        assert terms[name].value.item() != pytest.approx(reference[name].value.item(), rel=1e-2)
+    for name in TERMS:
+        assert torch.equal(terms[name].value, reference[name].value)
+
+
+def test_cross_entropy_alone_of_a_batch_without_annotated_voxels_can_be_trained(tiny):
+    tiny.dataset_json["labels"]["ignore"] = 3
+    trainer = initialized(tiny, cross_entropy_share=1.0, fixed_weight=0.0, dynamic_weight=0.0)
+    labeled, unlabeled = tiny.batches(trainer)
+    trainer.dataloader_unlabeled = iter([unlabeled])
+    output = trainer.train_step({**labeled, "target": torch.full_like(labeled["target"], 3)})
+    assert np.isfinite(output["loss"])
+    assert all(torch.isfinite(p).all() for network in trainer.networks for p in network.parameters())
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+@pytest.mark.parametrize("term", TERMS)
+def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size):
+    tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
+    trainer = initialized(tiny)
+    labeled, unlabeled = tiny.batches(trainer)
+    trainer.loss_terms(labeled, unlabeled)[term].value.backward()
+    student = 1 if term.endswith("partner") else 0
+    assert has_gradient(trainer.networks[student])
+    assert not has_gradient(trainer.networks[1 - student])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_pseudo_labels_have_the_form_of_targets(tiny, known):
+    trainer = initialized(tiny)
+    labeled, unlabeled = tiny.batches(trainer)
+    crop = unlabeled["data"][..., 4:36, 4:36]
+    outputs = trainer.network(crop)
+    assert outputs[0].requires_grad
+    known = outputs if known else None
+    for labels in trainer.pseudo_labels(trainer.network, known, crop, crop, (4, 4), labeled["target"]):
+        assert labels.dtype == labeled["target"].dtype
+        assert labels.shape == (2, 1, *tiny.patch)
+
+
+def test_the_networks_start_with_different_weights(tiny):
+    trainer = initialized(tiny)
+    first, second = (torch.cat([p.flatten() for p in n.parameters() if p.ndim > 1]) for n in trainer.networks)
+    assert first.shape == second.shape
+    assert (first != second).float().mean() > 0.99
+
+
+# Passes with and without gradient, as batch sizes, of both networks: 2 labeled and 2 unlabeled images per step.
+PASSES = {
+    "both": ({}, [4], [4], [4], [4]),
+    "both, one view": ({"weak_teacher": False}, [4], [2], [4], [4]),
+    "fixed only": ({"dynamic_weight": 0.0}, [4], [2], [4], [2]),
+    "fixed only, one view": ({"dynamic_weight": 0.0, "weak_teacher": False}, [4], [], [4], [2]),
+    "no shift": ({"shift": 0.0}, [4], [2], [4], [2]),
+    "no CutMix": ({"cutmix": False}, [4], [4], [4], [4]),
+    "no CutMix, one view": ({"cutmix": False, "weak_teacher": False}, [4], [2], [4], [2]),
+    "dynamic only": ({"fixed_weight": 0.0}, [4], [4], [4], [4]),
+    "fixed only, no CutMix, one view": (
+        {"dynamic_weight": 0.0, "cutmix": False, "weak_teacher": False},
+        [4],
+        [],
+        [4],
+        [],
+    ),
+    "neither": ({"fixed_weight": 0.0, "dynamic_weight": 0.0}, [2], [], [2], []),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_no_pass_is_computed_twice(tiny, case):
+    settings, *expected = PASSES[case]
+    trainer = initialized(tiny, **settings)
+    spies = [Spy(network) for network in trainer.networks]
+    trainer.loss_terms(*tiny.batches(trainer))
+    counted = [
+        [len(x) for x, gradient in spy.passes if gradient == wanted] for spy in spies for wanted in (True, False)
+    ]
+    assert counted == expected
+    for spy in spies:
+        images = [image for batch, _ in spy.passes for image in batch]
+        assert not any(torch.equal(a, b) for i, a in enumerate(images) for b in images[:i]), "the same image twice"
+
+
+@pytest.mark.parametrize(("settings", "missing"), [
+    ({"fixed_weight": 0.0}, {"fixed", "fixed_partner"}), ({"dynamic_weight": 0.0}, {"dynamic", "dynamic_partner"}),
+])  # fmt: skip
+def test_a_term_of_weight_zero_is_not_computed(tiny, settings, missing):
+    trainer = initialized(tiny, **settings)
+    assert set(trainer.loss_terms(*tiny.batches(trainer))) == set(trainer.term_names) - missing
+
+
+def test_without_a_shift_dynamic_equals_fixed(tiny):
+    trainer = initialized(tiny, shift=0.0)
+    assert trainer.unlabeled_patch_size == tiny.patch
+    terms = trainer.loss_terms(*tiny.batches(trainer))
+    for student in ("", "_partner"):
+        assert torch.equal(terms[f"fixed{student}"].value, terms[f"dynamic{student}"].value)
+    assert trainer.statistics["redecided"] == 0
+
+
+@pytest.mark.parametrize(("median", "margin"), [((64, 64), (4, 4)), ((36, 40), (2, 4)), ((31, 34.5), (0, 1))])
+def test_the_shift_stays_where_images_have_room(tiny, median, margin):
+    tiny.plans["configurations"]["2d"]["median_image_size_in_voxels"] = list(median)
+    assert tiny.trainer(nnUNetTrainerFDPL).unlabeled_margin == margin
+
+
+@pytest.mark.parametrize(("side", "warned"), [(32, True), (40, False)])
+def test_the_log_says_where_dynamic_labels_equal_the_fixed_ones(tiny, side, warned):
+    tiny.plans["configurations"]["2d"]["median_image_size_in_voxels"] = [side, side]
+    trainer = initialized(tiny)
+    assert ("dynamic pseudo-labels equal the fixed ones" in Path(trainer.log_file).read_text()) == warned
+
+
+def test_weights_follow_the_ramp(tiny):
+    trainer = initialized(tiny, unlabeled_ramp=0.5, fixed_weight=1.0, dynamic_weight=2.0)
+    batches = tiny.batches(trainer)
+    for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
+        trainer.current_epoch = epoch
+        terms = trainer.loss_terms(*batches)
+        assert [terms[name].weight for name in TERMS] == pytest.approx([ramp, ramp, 2 * ramp, 2 * ramp])
+
+
+def test_a_single_unlabeled_image_is_mixed_with_a_labeled_one_and_its_labels(tiny, monkeypatch):
+    """Inside the box the second network sees the labeled image, and learns its labels, not pseudo-labels."""
+    tiny.plans["configurations"]["2d"]["batch_size"] = 2
+    trainer = initialized(tiny)
+    box = torch.zeros(1, 1, *tiny.patch, dtype=torch.bool)
+    box[..., 3:20, 5:30] = True
+    monkeypatch.setattr(fdpl, "cutmix_boxes", lambda *_: box)
+    seen = []
+    original = trainer.supervised_loss
+    monkeypatch.setattr(trainer, "supervised_loss", lambda o, t, *rest: seen.append(t) or original(o, t, *rest))
+    labeled, unlabeled = tiny.batches(trainer)
+    assert len(unlabeled["data"]) == 1
+    spy = Spy(trainer.networks[1])
+    trainer.loss_terms(labeled, unlabeled)
+    image = spy.passes[0][0][1:]
+    center = unlabeled["data"][..., 4:36, 4:36]
+    assert torch.equal(image, torch.where(box, labeled["data"], center))
+    # In the order of the terms: labels twice, then each kind for the first and the second network.
+    for for_second in (seen[3], seen[5]):
+        assert torch.equal(for_second[box], labeled["target"][box])
+        assert not torch.equal(for_second[~box], labeled["target"][~box])
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_ignored_voxels_of_a_labeled_partner_do_not_touch_the_loss(tmp_path, monkeypatch, regions):
+    tiny = TinyDataset(tmp_path, PATCHES["3d"])
+    names = {"background": 0, "whole": [1, 2], "core": 2} if regions else {"background": 0, "a": 1, "b": 2}
+    tiny.dataset_json |= {"labels": names | {"ignore": 3}} | ({"regions_class_order": [1, 2]} if regions else {})
+    tiny.plans["configurations"]["3d_fullres"]["batch_size"] = 2
+    trainer = initialized(tiny)
+    assert trainer.label_manager.has_regions == regions
+    labeled, unlabeled = tiny.batches(trainer)
+    labels = labeled["target"]
+    ignored = torch.zeros_like(labels, dtype=torch.bool)
+    ignored[..., 4:12] = True
+
+    def targets(labels: torch.Tensor) -> torch.Tensor:
+        if regions:
+            return torch.cat([labels >= 1, labels == 2, ignored], 1)
+        return torch.where(ignored, 3, labels)
+
+    everything = torch.ones(1, 1, *tiny.patch, dtype=torch.bool)
+    monkeypatch.setattr(fdpl, "cutmix_boxes", lambda *_: everything)
+    monkeypatch.setattr(fdpl, "draw_shift", lambda *_: (2, 2, 2))
+    values = []
+    for changed in (labels, torch.where(ignored, 2 - labels, labels), torch.where(ignored, labels, 2 - labels)):
+        terms = trainer.loss_terms({**labeled, "target": targets(changed)}, unlabeled)
+        assert all(torch.isfinite(term.value) for term in terms.values())
+        values.append([terms[name].value.item() for name in ("fixed_partner", "dynamic_partner")])
+        sum(term.value for term in terms.values()).backward()
+    assert values[0] == values[1]
+    assert values[0][0] != values[2][0]
+
+
+@torch.no_grad()
+def test_regions_are_decided_and_composed_channel_by_channel(tiny):
+    tiny.dataset_json |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    trainer = initialized(tiny)
+    like = torch.zeros(1, 2, *tiny.patch, dtype=torch.bool)
+    whole = torch.randn(1, 1, 40, 40)
+    center, shifted = whole[..., 4:36, 4:36], whole[..., 8:40, 0:32]
+    logits, moved = (trainer.network(crop)[0] for crop in (center, shifted))
+    fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, center, shifted, (4, -4), like)
+    assert torch.equal(fixed, torch.sigmoid(logits) > 0.5)
+    expected = (torch.sigmoid(logits) > 0.5).clone()
+    expected[..., 4:, :-4] = (torch.sigmoid(moved) > 0.5)[..., :-4, 4:]
+    assert torch.equal(dynamic, expected)
+    assert (dynamic != fixed).any()
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+@pytest.mark.parametrize("larger", [-5, 0, 3, 40])
+def test_crops_show_what_nnunets_patches_show_and_padding_never_wraps(tmp_path, patch, larger):
+    """Images of their own coordinates, smaller and larger than the patch: every voxel tells where it is."""
+    tiny = TinyDataset(tmp_path, PATCHES[patch], channels=len(PATCHES[patch]))
+    shape = tuple(max(2, side + larger) for side in tiny.patch)
+    axes = torch.meshgrid(*[torch.arange(side) + 1.0 for side in shape], indexing="ij")
+    image = torch.stack(axes).view(len(shape), *(() if len(shape) == 3 else (1,)), *shape).numpy()
+    tiny._write_blosc(Path(f"{tiny.folder}_unlabeled") / "un_0.b2nd", image)
+    trainer = initialized(tiny)
+    dataset = UnlabeledDataset([c for c in trainer.find_unlabeled_cases() if c.identifier == "un_0"])
+    margin, sizes = trainer.unlabeled_margin, trainer.unlabeled_patch_size
+    loader = UnlabeledDataLoader(dataset, 1, sizes, tiny.patch, trainer.label_manager)
+    stock = UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, trainer.label_manager)
+    starts, stock_starts = set(), set()
+    for _ in range(60):
+        data = loader.generate_train_batch()["data"]
+        center = mixing.shifted_crop(data, margin, [0] * len(margin))[0]
+        origin = origin_of(center)
+        starts.add(origin[-1])
+        stock_starts.add(origin_of(stock.generate_train_batch()["data"][0])[-1])
+        shift = mixing.draw_shift(margin)
+        crop = mixing.shifted_crop(data, margin, shift)[0]
+        for start, shown in ((origin, center), (tuple(o + s for o, s in zip(origin, shift)), crop)):
+            places = torch.stack(
+                torch.meshgrid(*[torch.arange(s) + o for s, o in zip(tiny.patch, start)], indexing="ij")
+            )
+            sides = torch.tensor(shape).view(-1, *[1] * len(shape))
+            inside = ((places >= 0) & (places < sides)).all(0)
+            assert torch.equal(shown, torch.where(inside, places + 1, 0).float())
+    # The center crop lies where nnU-Net would put it, up to the border.
+    if larger < 10:
+        assert starts == stock_starts
+    else:
+        assert min(starts) < 6
+        assert max(starts) > larger - 6
+
+
+def origin_of(crop: torch.Tensor) -> tuple[int, ...]:
+    """Where a crop of an image of coordinates starts in it, from any voxel that is not padding."""
+    place = crop[0].nonzero()[0].tolist()
+    return tuple(int(crop[(axis, *place)]) - 1 - q for axis, q in enumerate(place))
+
+
+def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkeypatch):
+    from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+
+    from nnunet_ssl.data import cases as unlabeled_data
+
+    made = []
+    monkeypatch.setattr(unlabeled_data, "in_background_workers", lambda loader, *_: made.append(loader))
+    trainer = initialized(tiny, rotation_degrees=15)
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    unlabeled_data.make_unlabeled_loader(trainer, trainer.find_unlabeled_cases(), trainer._augmentation)
+    angles = [(-np.pi / 12, np.pi / 12)] * 3
+    assert tuple(made[0].patch_size[1:]) == tuple(get_patch_size((40, 40), *angles, (0.85, 1.25)))
+    assert tuple(made[0].final_patch_size[1:]) == tiny.patch
+    assert made[0].generate_train_batch()["data"].shape == (2, 1, 40, 40)
+
+
+def test_the_log_tells_terms_and_statistics(tiny):
+    trainer = tiny.trainer(nnUNetTrainerFDPL, num_epochs=2, supervised_fraction=0.0)
+    trainer.run_training()
+    (log,) = Path(trainer.output_folder).glob("training_log*")
+    text = log.read_text()
+    for name in (*trainer.term_names, *trainer.statistic_names):
+        assert f"{name} " in text
+    assert 0 < trainer.logger.get_value("ssl_agreement", step=-1) < 1

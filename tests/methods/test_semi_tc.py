@@ -1,0 +1,177 @@
+"""Transformation consistency: alignment, weights, schedule and branches, against what the paper's formula says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from nnunet_ssl.losses.predictions import probabilities, soft_iou_loss
+from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSupTC
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
+from nnunet_ssl.transforms.displacement import align_displacements, inside_mask, warp, without_margin
+
+
+def initialized(tiny, cls=nnUNetTrainerSemiTC, **ssl):
+    return tiny.initialized(cls, **{"supervised_fraction": 0.0, "identity_probability": 0.0, **ssl})
+
+
+# Large enough that the borders between classes, where interpolation errs, are a small part.
+LARGE = {"2d": (128, 128), "3d": (48, 48, 48), "anisotropic": (6, 96, 96)}
+
+
+def smooth_logits(shape, classes=3):
+    noise = np.random.default_rng(0).normal(size=(2, classes, *shape))
+    logits = gaussian_filter(noise, (0, 0, *[side / 10 for side in shape]))
+    # Nearly one-hot: the soft IoU of a soft map with itself is not 1.
+    return torch.from_numpy(logits / logits.std() * 60)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
+def test_an_equivariant_network_is_consistent(tmp_path, patch, interpolation):
+    """f(t(x)) = t(f(x)) must cost nothing, which only the right alignment achieves."""
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    trainer = initialized(tiny, displacement_std=0.1, smoothness=0.2, interpolation=interpolation)
+    logits = smooth_logits(LARGE[patch])
+    u1, u2 = trainer.draw_displacement(logits), trainer.draw_displacement(logits)
+    margin = trainer.grid(LARGE[patch]).margin
+    first, second = (warp(logits, without_margin(u, margin).double()) for u in (u1, u2))
+    right = trainer.consistency(first, second, u1, u2).item()
+    swapped = trainer.consistency(first, second, u2, u1).item()
+    none = trainer.consistency(first, second, u1 * 0, u2 * 0).item()
+    assert right < 0.4 * min(swapped, none)
+
+
+def descend(consistency, peak, steps=200, rate=50.0):
+    """The largest probability of a structure with a bump of ``peak``, after descending the consistency term alone."""
+    bump = torch.from_numpy(gaussian_filter(np.pad([[1.0]], 15), 3))
+    maps = (torch.logit(torch.tensor(peak)) + 6) * bump / bump.max() - 6
+    branches = [torch.stack([-maps / 2, maps / 2])[None].float().requires_grad_() for _ in range(2)]
+    for _ in range(steps):
+        gradients = torch.autograd.grad(consistency(*branches), branches)
+        with torch.no_grad():
+            for logits, gradient in zip(branches, gradients):
+                logits -= rate * gradient
+    return torch.softmax(branches[0], 1)[:, 1].max().item()
+
+
+def test_no_structure_grows_where_no_branch_finds_one(tiny):
+    """A soft IoU makes both branches sure of something; what both find improbable must not become sure."""
+    trainer = initialized(tiny)
+    still = torch.zeros(1, 2, *(31 + 2 * m for m in trainer.grid((31, 31)).margin))
+
+    def consistency(first, second):
+        return trainer.consistency(first, second, still, still)
+
+    def over_all_structures(first, second):
+        return soft_iou_loss(torch.softmax(first, 1), torch.softmax(second, 1))
+
+    for peak in (0.02, 0.3, 0.45):
+        assert descend(consistency, peak) <= peak
+    assert descend(consistency, 0.6) > 0.9
+    assert descend(over_all_structures, 0.3) > 0.9, "this tests nothing"
+
+
+@pytest.mark.parametrize("has_regions", [False, True])
+def test_a_structure_counts_where_either_branch_finds_it(tiny, monkeypatch, has_regions):
+    trainer = initialized(tiny)
+    monkeypatch.setattr(type(trainer.label_manager), "has_regions", has_regions)
+    shape = (16, 16)
+    still = torch.zeros(1, 2, *(side + 2 * m for side, m in zip(shape, trainer.grid(shape).margin)))
+    nowhere = torch.full((1, 3, *shape), -4.0)
+    nowhere[:, 0] = 4.0
+    somewhere = nowhere.clone()
+    somewhere[0, 1, 4:7, 5] = 6.0
+    for first, second, classes in ((nowhere, nowhere, [0]), (somewhere, nowhere, [0, 1]), (nowhere, somewhere, [0, 1])):
+        p, q = (torch.sigmoid(z) if has_regions else torch.softmax(z, 1) for z in (first, second))
+        expected = soft_iou_loss(p[:, classes], q[:, classes]).item()
+        assert trainer.consistency(first, second, still, still).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_terms_are_the_papers_formula(tiny):
+    """One step, put together anew from the network's outputs."""
+    trainer = initialized(tiny)
+    labeled, unlabeled = tiny.batches(trainer)
+    seen = []
+    draw = trainer.draw_displacement
+    trainer.draw_displacement = lambda data: seen.append(draw(data)) or seen[-1]
+    terms = trainer.loss_terms(labeled, unlabeled)
+    data = torch.cat([labeled["data"], unlabeled["data"]])
+    u1, u2 = (without_margin(u, trainer.grid(tiny.patch).margin) for u in seen)
+    num = len(labeled["data"])
+    supervised, predictions = [], []
+    for u in (u1, u2):
+        outputs = trainer.network(warp(data, u))
+        predictions.append(probabilities(outputs[0], False))
+        target = warp(labeled["target"], u[:num], "nearest")
+        # Three resolutions, of which nnU-Net weighs the lowest with 0 and the others 2 to 1.
+        assert len(outputs) == 3
+        full, half = (o[:num] for o in outputs[:2])
+        assert half.shape[2:] == tuple(s // 2 for s in tiny.patch)
+        smaller = torch.nn.functional.interpolate(target.float(), half.shape[2:], mode="nearest-exact")
+        supervised.append((2 * trainer.loss.loss(full, target) + trainer.loss.loss(half, smaller)) / 3)
+    assert terms["supervised"].value.item() == pytest.approx(sum(supervised).item() / 2, abs=1e-5)
+    alignment = align_displacements(*seen, grid=trainer.grid(tiny.patch))
+    # Another way to the same alignment; near the border it knows less of the fields.
+    voxel_by_voxel = align_displacements(u1, u2, 30)
+    keep = (inside_mask(alignment) & inside_mask(voxel_by_voxel)).expand_as(alignment)
+    assert (alignment - voxel_by_voxel)[keep].abs().max() < 0.05
+    expected = soft_iou_loss(warp(predictions[0], alignment), predictions[1], inside_mask(alignment))
+    assert terms["consistency"].value.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert terms["supervised"].weight == terms["consistency"].weight == 1.0
+
+
+def test_weight_and_ramp(tiny):
+    trainer = initialized(tiny, consistency_weight=0.5, consistency_ramp=0.5)
+    labeled, unlabeled = tiny.batches(trainer)
+    weights = []
+    for epoch in range(4):
+        trainer.current_epoch = epoch
+        weights.append(trainer.loss_terms(labeled, unlabeled)["consistency"].weight)
+    assert weights == pytest.approx([0.5 * np.exp(-5), 0.5 * np.exp(-1.25), 0.5, 0.5])
+
+
+def test_stage_1_uses_labels_alone(tiny):
+    trainer = initialized(tiny, supervised_fraction=0.5)
+    labeled, _ = tiny.batches(trainer)
+    assert sorted(trainer.loss_terms(labeled, None)) == ["supervised"]
+
+
+def test_suptc_is_consistent_on_labeled_cases(tiny):
+    trainer = initialized(tiny, nnUNetTrainerSupTC)
+    labeled, _ = tiny.batches(trainer)
+    assert len(labeled["data"]) == 4
+    assert sorted(trainer.loss_terms(labeled, None)) == ["consistency", "supervised"]
+    assert trainer.dataloader_unlabeled is None
+
+
+def test_identity_is_drawn_per_example_and_branch(tiny):
+    trainer = initialized(tiny, identity_probability=0.5)
+    drawn = trainer.draw_displacement(torch.zeros(400, 1, *tiny.patch))
+    identity = (drawn == 0).flatten(1).all(1).float()
+    assert identity.mean().item() == pytest.approx(0.5, abs=0.1)
+    again = (trainer.draw_displacement(torch.zeros(400, 1, *tiny.patch)) == 0).flatten(1).all(1)
+    assert not torch.equal(identity.bool(), again)
+
+
+@pytest.mark.parametrize(("patch", "fixed"), [("anisotropic", True), ("3d", False)])
+def test_slices_do_not_move_in_anisotropic_patches(tmp_path, patch, fixed):
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    drawn = initialized(tiny).draw_displacement(torch.zeros(3, 1, *tiny.patch))
+    assert bool((drawn[:, 0] == 0).all()) == fixed
+    assert drawn[:, 1:].abs().max() > 0
+
+
+def test_the_papers_supervised_loss(tiny):
+    trainer = initialized(tiny, supervised_loss="soft_iou")
+    labeled, _ = tiny.batches(trainer)
+    logits = torch.randn(trainer.batch_size, 3, *tiny.patch)
+    half = torch.randn(trainer.batch_size, 3, *(s // 2 for s in tiny.patch))
+    one_hot = torch.nn.functional.one_hot(labeled["target"][:, 0].long(), 3).movedim(-1, 1).float()
+    half_one_hot = torch.nn.functional.interpolate(one_hot, half.shape[2:], mode="nearest-exact")
+    losses = [soft_iou_loss(torch.softmax(z, 1), y).item() for z, y in ((logits, one_hot), (half, half_one_hot))]
+    lowest = torch.zeros(trainer.batch_size, 3, *(s // 4 for s in tiny.patch))
+    value = trainer.supervised_loss([logits, half, lowest], labeled["target"]).item()
+    assert value == pytest.approx((2 * losses[0] + losses[1]) / 3, abs=1e-6)
