@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
     from tqdm import tqdm
 
-    from nnunet_ssl.data.previous_stage import predict_previous_stage
+    from nnunet_ssl.data.prediction import predict_previous_stage
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.nnunet.folders import dataset_name, read_plans, require_configurations, require_variables
 

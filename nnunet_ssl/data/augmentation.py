@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 
-from nnunet_ssl.data.label_names import labels_that_name_sides
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.training.hyperparameters import HyperParameters
 
 # nnU-Net enlarges the patch it cuts out by these, whatever range it scales by.
 _NNUNET_SCALE_RANGE = (0.85, 1.25)
+# Words that tell left from right in the name of a label.
+_SIDES = {"left", "right", "l", "r", "lt", "rt", "sinister", "dexter", "sin", "dex", "links", "rechts"}
 
 
 class Augmentation(NamedTuple):
@@ -87,3 +89,13 @@ def warning_about_sides(labels: Iterable[str], augmentation: Augmentation) -> st
         f"repair what that destroys. Consider 'nnunet-ssl configure ... --set 'mirror_axes=[]' --set "
         f"rotation_degrees=15' for all trainers you compare."
     )
+
+
+def labels_that_name_sides(names: Iterable[str]) -> list[str]:
+    """Those names with a word for a side in them: ``left_lung``, ``Kidney-R``, ``LungRight``; not ``vertebra_L1``."""
+    return [name for name in names if _SIDES & set(_words(name))]
+
+
+def _words(name: str) -> list[str]:
+    separated = re.sub(r"(?<![A-Za-z])[A-Za-z]\d+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    return [word.lower() for word in re.split(r"[^A-Za-z]+", separated) if word]

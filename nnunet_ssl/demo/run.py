@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.data.label_names import labels_that_name_sides
+from nnunet_ssl.data.augmentation import labels_that_name_sides
 from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.demo.picture import draw_cases
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset

@@ -1,18 +1,14 @@
-"""Losses: pure functions on tensors, in float32 whatever autocast does around them."""
+"""Views on what networks predict and on targets, in float32 whatever autocast does around them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from nnunet_ssl.runtime.precision import at_least_float32
-
-# Added to numerator and denominator: a class absent from both sides counts as fully agreed, not as 0 / 0.
-SMOOTH = 1.0
 
 
 def probabilities(logits: Tensor, has_regions: bool) -> Tensor:
@@ -27,73 +23,6 @@ def probabilities(logits: Tensor, has_regions: bool) -> Tensor:
     """
     logits = at_least_float32(logits)
     return torch.sigmoid(logits) if has_regions else torch.softmax(logits, dim=1)
-
-
-def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
-    """1 - mean over images and classes of sum(p q) / sum(p + q - p q).
-
-    The loss of Bortsova et al. (MICCAI 2019), used there both against labels and between the two branches. All
-    channels count, the background too. Symmetric in its two arguments, and gradient flows into both.
-
-    Args:
-        first: Probabilities p (B, K, *S).
-        second: Probabilities or a one-hot map q (B, K, *S).
-        mask: (B, 1, *S), boolean or 0/1; voxels at 0 do not count. All count if absent.
-        counted: (B, K), boolean; the classes of each image over which its mean is taken; an image in which none counts
-            adds 0 to the mean over images. All count if absent.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    overlap = first * second
-    union = first + second - overlap
-    if mask is not None:
-        # Selected, not multiplied: 0 * inf of an excluded voxel would be NaN.
-        keep = mask.bool()
-        overlap = torch.where(keep, overlap, 0.0)
-        union = torch.where(keep, union, 0.0)
-    axes = list(range(2, first.ndim))
-    loss = 1.0 - (overlap.sum(axes) + SMOOTH) / (union.sum(axes) + SMOOTH)
-    if counted is None:
-        return loss.mean()
-    # A mean per image first: an image weighs the same whatever the others show, also where those are on other devices.
-    return (torch.where(counted, loss, 0.0).sum(1) / counted.sum(1).clamp_min(1)).mean()
-
-
-@torch.no_grad()
-def found_classes(probability: Tensor, has_regions: bool, mask: Tensor | None = None) -> Tensor:
-    """Which classes a prediction has anywhere in each image, without gradient; nothing is handed to the host.
-
-    Args:
-        probability: (B, K, *S).
-        has_regions: Whether channels are overlapping regions, found above one half, instead of exclusive classes, found
-            where no other is likelier.
-        mask: (B, 1, *S), boolean; voxels that count. All count if absent.
-
-    Returns:
-        (B, K), boolean.
-    """
-    # The largest value and not its index, which takes longer to find. NaN counts as found, so that it is not hidden.
-    found = ~(probability <= 0.5 if has_regions else probability < probability.amax(1, keepdim=True))
-    return (found if mask is None else found & mask).flatten(2).any(2)
-
-
-def soft_dice_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 - mean over channels of 2 sum(p q) / sum(p + q), summed over the batch.
-
-    Args:
-        first: Probabilities (B, K, *S).
-        second: A one-hot map (B, K, *S).
-        mask: (B, 1, *S), boolean; voxels that count.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    overlap, total = first * second, first + second
-    if mask is not None:
-        overlap, total = (torch.where(mask, t, 0.0) for t in (overlap, total))
-    axes = [0, *range(2, first.ndim)]
-    return 1.0 - ((2 * overlap.sum(axes) + SMOOTH) / (total.sum(axes) + SMOOTH)).mean()
 
 
 def target_maps(
@@ -173,87 +102,6 @@ def label_map(logits: Tensor, has_regions: bool) -> Tensor:
         return likeliest(logits)
     powers = 2 ** torch.arange(logits.shape[1], device=logits.device)
     return torch.einsum("bk...,k->b...", (logits > 0).long(), powers)
-
-
-def entropy(log_p: Tensor) -> Tensor:
-    """Shannon entropy in nats, the mean over groups: (B, G, K, *S) to (B, *S)."""
-    return -(log_p.exp() * log_p).sum(2).mean(1)
-
-
-def upper_threshold(values: Tensor, fraction: float) -> Tensor:
-    """The smallest value that at least this fraction of the values does not exceed: an empirical quantile.
-
-    Without interpolation (numpy's method "inverted_cdf"), so that it is one of the values; on the device, for tensors
-    of any size (torch.quantile stops at 2^24 in many versions).
-
-    Args:
-        values: Any shape, not empty.
-        fraction: In [0, 1].
-
-    Returns:
-        Scalar tensor.
-    """
-    flat = values.flatten()
-    rank = min(max(math.ceil(fraction * flat.numel()), 1), flat.numel())
-    # The larger values are fewer than the smaller ones, and topk works in parallel where kthvalue does not.
-    return flat.topk(flat.numel() - rank + 1, sorted=False).values.min()
-
-
-def pseudo_label_cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy against pseudo-labels, voxel by voxel: the mean over groups.
-
-    Args:
-        log_p: (B, G, K, *S).
-        labels: (B, G, *S), whole numbers below K.
-
-    Returns:
-        (B, *S).
-    """
-    return -log_p.gather(2, labels[:, :, None])[:, :, 0].mean(1)
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the voxels where the mask is true; 0 where there is none, with a gradient of 0."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
-
-
-def cosine_distance(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """1 - cos(p, q) along the class axis, voxel by voxel; the classes of all groups form one vector.
-
-    Args:
-        log_p: (B, G, K, *S).
-        log_q: Of the same shape.
-
-    Returns:
-        (B, *S), in [0, 1].
-    """
-    return 1.0 - functional.cosine_similarity(log_p.exp().flatten(1, 2), log_q.exp().flatten(1, 2), dim=1)
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats, voxel by voxel: the mean over groups; (B, G, K, *S) twice to (B, *S)."""
-    return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
-
-
-class SoftIoULoss(nn.Module):
-    """``soft_iou_loss`` of logits against nnU-Net's targets: label maps or region channels, with ignore label.
-
-    Args:
-        has_regions: Whether the target holds one channel per region (with the ignored voxels as a last channel where
-            there is an ignore label) rather than a label map.
-        ignore_label: nnU-Net's ignore label, if the data set has one.
-    """
-
-    def __init__(self, has_regions: bool, ignore_label: int | None) -> None:
-        super().__init__()
-        self.has_regions = has_regions
-        self.ignore_label = ignore_label
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Loss of logits (B, K, *S) against target (B, 1, *S) or region channels (B, R, *S)."""
-        predicted = probabilities(logits, self.has_regions)
-        truth, mask = target_maps(target, predicted.shape[1], self.has_regions, self.ignore_label)
-        return soft_iou_loss(predicted, truth.to(predicted.dtype), mask)
 
 
 def downsample_target(target: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

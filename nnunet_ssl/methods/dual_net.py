@@ -19,22 +19,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nnunet_ssl.blocks.networks import FeatureTap, full_resolution, quiet_pass
-from nnunet_ssl.losses.contrastive import contrastive_loss
-from nnunet_ssl.losses.predictions import (
+from nnunet_ssl.blocks.features import FeatureTap
+from nnunet_ssl.blocks.networks import full_resolution, quiet_pass
+from nnunet_ssl.losses.agreement import (
     cosine_distance,
     entropy,
     kl_divergence,
-    label_map,
-    likeliest,
-    log_probabilities,
     masked_mean,
-    probabilities,
     pseudo_label_cross_entropy,
-    soft_dice_loss,
-    target_maps,
     upper_threshold,
 )
+from nnunet_ssl.losses.contrastive import contrastive_loss
+from nnunet_ssl.losses.overlap import soft_dice_loss
+from nnunet_ssl.losses.predictions import label_map, likeliest, log_probabilities, probabilities, target_maps
 from nnunet_ssl.nnunet.plans import with_partner_network
 from nnunet_ssl.runtime.distributed import mean_over_ranks
 from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter

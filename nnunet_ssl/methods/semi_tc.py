@@ -21,21 +21,15 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
-from nnunet_ssl.losses.predictions import SoftIoULoss, found_classes, label_map, probabilities, soft_iou_loss
+from nnunet_ssl.losses.overlap import SoftIoULoss, found_classes, soft_iou_loss
+from nnunet_ssl.losses.predictions import label_map, probabilities
 from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
 from nnunet_ssl.training.monitor import IMAGE, PSEUDO_LABELS
 from nnunet_ssl.training.schedules import gaussian_ramp
 from nnunet_ssl.training.step import LossTerm
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-from nnunet_ssl.transforms.displacement import (
-    SolverGrid,
-    align_displacements,
-    inside_mask,
-    sample_displacement,
-    solver_grid,
-    warp,
-    without_margin,
-)
+from nnunet_ssl.transforms.alignment import SolverGrid, align_displacements, inside_mask, solver_grid, without_margin
+from nnunet_ssl.transforms.displacement import sample_displacement, warp
 
 # Enough fields to say their strength to a few percent, few enough to cost nothing.
 _NUM_FIELDS_SAID = 16

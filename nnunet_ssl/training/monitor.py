@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nnunet_ssl.data.cases import UnlabeledCase, UnlabeledDataset
+from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.data.loader import UnlabeledDataset
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.files import replace_atomically
 

@@ -21,19 +21,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from nnunet_ssl.blocks.networks import bare, build_partner, set_deep_supervision
+from nnunet_ssl.blocks.networks import bare, set_deep_supervision
+from nnunet_ssl.blocks.partner import build_partner
 from nnunet_ssl.data.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
-from nnunet_ssl.data.cases import (
-    LabeledBatches,
-    UnlabeledCase,
-    cases_with_ignored_voxels,
-    describe_training,
-    find_unlabeled_cases,
-    hidden_cases,
-    make_unlabeled_loader,
-    share_batch,
-    to_device,
-)
+from nnunet_ssl.data.batches import LabeledBatches, describe_training, share_batch, to_device
+from nnunet_ssl.data.cases import UnlabeledCase, cases_with_ignored_voxels, find_unlabeled_cases, hidden_cases
+from nnunet_ssl.data.loader import make_unlabeled_loader
 from nnunet_ssl.data.preprocessing import preprocessing_settings
 from nnunet_ssl.data.previous_stage import check_complete, check_no_hidden_labels, previous_stage
 from nnunet_ssl.data.splits import read_splits

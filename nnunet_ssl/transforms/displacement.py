@@ -15,60 +15,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nnunet_ssl.runtime.precision import without_autocast
-from nnunet_ssl.transforms.interpolation import index_of, knots_between, look_up, spline_matrix
-from nnunet_ssl.transforms.mixing import shifted_crop
-from nnunet_ssl.transforms.random_field import apply_per_axis, gaussian_field
+from nnunet_ssl.transforms.interpolation import look_up
+from nnunet_ssl.transforms.random_field import gaussian_field
 
 Interpolation = Literal["linear", "nearest", "cubic"]
+
 
 # A field whose strain (largest row sum of its gradient, in absolute values) stays below 1 cannot fold, and the
 # fixed-point inversion contracts by that factor per iteration. 0.5 leaves room for the finite differences of the
 # sampled field and gains a binary digit per iteration.
 MAX_STRAIN = 0.5
-
-# Leaves a residual under 0.01 voxels for fields at MAX_STRAIN up to patches of 512 voxels (measured: 0.005; an
-# iteration more or less changes it by a factor of 2.7, because the strain is at its maximum in few places only).
-INVERSION_ITERATIONS = 7
-
-# On knots, most iterations run on few of them (this many times further apart), and these many follow on all of them: by
-# dimension, because the same strain is shared by more axes in 3D and the iteration converges faster.
-_COARSE_KNOT_FACTOR = 2.5
-_FINE_ITERATIONS = {2: 3, 3: 2}
-
-
-class SolverGrid(NamedTuple):
-    """Where ``align_displacements`` solves for smooth fields: at knots, from which a cubic spline reaches the voxels.
-
-    Attributes:
-        margin: By how many voxels per axis and side the fields reach beyond the patch. Near the border the solution
-            looks up displacements outside, and a field that simply stopped there would make the spline ring inside.
-        knot_spacing: Distance of the knots per axis, in voxels; 0 along axes where nothing changes.
-    """
-
-    margin: tuple[int, ...]
-    knot_spacing: tuple[int, ...]
-
-
-def solver_grid(spatial_shape: Sequence[int], smoothness: float, fixed_axes: Sequence[int] = ()) -> SolverGrid:
-    """The grid that reaches a residual of 0.01 voxels for fields that ``sample_displacement`` draws.
-
-    Args:
-        spatial_shape: S, in voxels.
-        smoothness: As for ``sample_displacement``.
-        fixed_axes: As for ``sample_displacement``.
-    """
-    sigmas = [0.0 if axis in fixed_axes else smoothness * side for axis, side in enumerate(spatial_shape)]
-    # The spline's error in voxels is proportional to sigma (h / sigma)^4 at the strain that fields are limited to. It
-    # is a sum over axes, so each axis has less of it in 3D. The factors were measured on many fields.
-    factor = 0.3 if len(spatial_shape) == 2 or fixed_axes else 0.44
-    spacing = [max(1, round(factor * sigma**0.75)) if sigma else 0 for sigma in sigmas]
-    return SolverGrid(tuple(math.ceil(sigma / 2) for sigma in sigmas), tuple(spacing))
 
 
 def sample_displacement(
@@ -147,7 +109,7 @@ def warp(image: Tensor, displacement: Tensor, interpolation: Interpolation = "li
     Raises:
         ValueError: Where shapes do not fit, or the interpolation is not available for the image.
     """
-    _check_displacement(displacement)
+    check_displacement(displacement)
     dims = displacement.shape[1]
     if image.ndim != dims + 2 or image.shape[2:] != displacement.shape[2:] or image.shape[0] != displacement.shape[0]:
         raise ValueError(
@@ -163,7 +125,7 @@ def warp(image: Tensor, displacement: Tensor, interpolation: Interpolation = "li
             f"warp: {interpolation} interpolation of {image.dtype} labels would invent labels; "
             f"use interpolation='nearest'."
         )
-    positions = [_identity_coordinates(displacement, axis) + displacement[:, axis] for axis in range(dims)]
+    positions = [identity_coordinates(displacement, axis) + displacement[:, axis] for axis in range(dims)]
     return look_up(image, positions, modes[interpolation])
 
 
@@ -180,86 +142,6 @@ def compose_displacements(outer: Tensor, inner: Tensor) -> Tensor:
     return inner + warp(outer, inner)
 
 
-def invert_displacement(displacement: Tensor, iterations: int = INVERSION_ITERATIONS) -> Tensor:
-    """The displacement v of the inverse map: (q + v(q)) + u(q + v(q)) = q.
-
-    Fixed-point iteration v <- -u(q + v) (Chen et al., "A simple fixed-point approach to invert a deformation field",
-    Medical Physics 2008). It converges where the strain of u is below 1 and then shrinks the error by that factor per
-    iteration. Near the border, where q + v leaves the patch, u is continued by its border value.
-
-    Args:
-        displacement: u (B, D, *S), in voxels.
-        iterations: How often to iterate; the default reaches 0.01 voxels for every field that
-            ``sample_displacement`` makes at the default strengths.
-
-    Returns:
-        v (B, D, *S), in voxels.
-    """
-    return align_displacements(displacement, torch.zeros_like(displacement), iterations)
-
-
-def align_displacements(
-    first: Tensor, second: Tensor, iterations: int = INVERSION_ITERATIONS, grid: SolverGrid | None = None
-) -> Tensor:
-    """The displacement of phi_1^-1 after phi_2, which moves predictions of branch 1 into the frame of branch 2.
-
-    Equals ``compose_displacements(invert_displacement(first), second)``, but solves a = u_2(q) - u_1(q + a) directly:
-    one interpolation less, hence more accurate, and it starts close to the solution.
-
-    With a grid, the equation is solved at its knots alone, with the same look-ups in the full field, and a cubic spline
-    takes the smooth solution to the voxels: many times faster in 3D.
-
-    Args:
-        first: u_1 (B, D, *S), in voxels; its strain must be below 1. With a grid (B, D, *(S + 2 grid.margin)).
-        second: u_2, of the same shape.
-        iterations: As for ``invert_displacement``.
-        grid: From ``solver_grid``; without it every voxel is a knot and nothing is assumed of the fields.
-
-    Returns:
-        a (B, D, *S), in voxels, with (q + a) + u_1(q + a) = q + u_2(q).
-
-    Raises:
-        ValueError: Where shapes do not fit.
-    """
-    _check_displacement(first)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"The displacements have shapes {tuple(first.shape)} and {tuple(second.shape)}; they must match."
-        )
-    if grid is None:
-        aligned = second - first
-        for _ in range(iterations):
-            aligned = second - warp(first, aligned)
-        return aligned
-    work = torch.float64 if first.dtype == torch.float64 else torch.float32
-    with without_autocast(first.device):
-        return _align_on_knots(first.to(work), second.to(work), iterations, grid).to(first.dtype)
-
-
-def without_margin(displacement: Tensor, margin: Sequence[int]) -> Tensor:
-    """The part of a displacement (B, D, *(S + 2 margin)) that lies on the patch, (B, D, *S); a view."""
-    return shifted_crop(displacement, margin, [0] * len(margin))
-
-
-def inside_mask(displacement: Tensor) -> Tensor:
-    """Where q + u(q) lies within the patch, so that ``warp`` reads the image and not its repeated border.
-
-    Args:
-        displacement: (B, D, *S), in voxels.
-
-    Returns:
-        Boolean (B, 1, *S).
-    """
-    _check_displacement(displacement)
-    # A rounding error outside the outermost voxel center is still inside.
-    tolerance = 1e-3
-    inside = torch.ones_like(displacement[:, :1], dtype=torch.bool)
-    for axis, side in enumerate(displacement.shape[2:]):
-        position = _identity_coordinates(displacement, axis) + displacement[:, axis].float()
-        inside &= ((position >= -tolerance) & (position <= side - 1 + tolerance))[:, None]
-    return inside
-
-
 def jacobian_determinant(displacement: Tensor) -> Tensor:
     """The determinant of the Jacobian of phi(q) = q + u(q): local volume change; 0 or less means folding.
 
@@ -274,7 +156,7 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     Raises:
         ValueError: Where a side is shorter than 2 voxels.
     """
-    _check_displacement(displacement)
+    check_displacement(displacement)
     dims = displacement.shape[1]
     if min(displacement.shape[2:]) < 2:
         raise ValueError(f"jacobian_determinant needs at least 2 voxels per axis, got {tuple(displacement.shape[2:])}.")
@@ -284,36 +166,8 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     return torch.linalg.det(jacobian).to(displacement.dtype)
 
 
-def _align_on_knots(first: Tensor, second: Tensor, iterations: int, grid: SolverGrid) -> Tensor:
-    """``align_displacements`` for float32 and float64 fields with a margin: on coarse knots, then on all of them."""
-    sides = [side - 2 * margin for side, margin in zip(first.shape[2:], grid.margin)]
-    # Knots reach half a margin beyond the patch: a spline is least accurate at its ends.
-    ends = [(-(margin // 2), side - 1 + margin // 2) for side, margin in zip(sides, grid.margin)]
-    aligned: Tensor | None = None
-    coarser: list[tuple[int, ...]] = []
-    for factor, repetitions in ((_COARSE_KNOT_FACTOR, iterations), (1.0, _FINE_ITERATIONS[len(sides)])):
-        knots = [knots_between(*end, factor * spacing) for end, spacing in zip(ends, grid.knot_spacing)]
-        # In the fields' own voxels, which start with the margin.
-        indices = [index_of(tuple(k + m for k in ks), first.device) for ks, m in zip(knots, grid.margin)]
-        wanted = second
-        for axis, index in enumerate(indices, start=2):
-            wanted = wanted.index_select(axis, index)
-        aligned = torch.zeros_like(wanted) if aligned is None else _resample(aligned, coarser, knots)
-        places = [index.view(-1, *[1] * (len(knots) - axis)) for axis, index in enumerate(indices, start=1)]
-        for _ in range(repetitions):
-            aligned = wanted - look_up(first, [place + aligned[:, d] for d, place in enumerate(places)])
-        coarser = knots
-    assert aligned is not None
-    return _resample(aligned, coarser, [tuple(range(side)) for side in sides])
-
-
-def _resample(values: Tensor, knots: Sequence[tuple[int, ...]], queries: Sequence[tuple[int, ...]]) -> Tensor:
-    """Cubic spline interpolation of (B, C, *N) from knots to queries, axis by axis."""
-    matrices = [spline_matrix(k, q, values.dtype, values.device) for k, q in zip(knots, queries)]
-    return apply_per_axis(values, matrices)
-
-
-def _check_displacement(displacement: Tensor) -> None:
+def check_displacement(displacement: Tensor) -> None:
+    """Refuse what is no displacement field (ValueError)."""
     dims = displacement.ndim - 2
     if dims not in (2, 3) or displacement.shape[1] != dims or not displacement.is_floating_point():
         raise ValueError(
@@ -350,7 +204,7 @@ def _check_sampling_arguments(
         raise ValueError(f"A displacement needs a floating dtype, got {dtype}.")
 
 
-def _identity_coordinates(displacement: Tensor, axis: int) -> Tensor:
+def identity_coordinates(displacement: Tensor, axis: int) -> Tensor:
     """The voxels' own positions along an axis, in a shape that broadcasts to one component (B, *S)."""
     side = displacement.shape[axis + 2]
     dtype = torch.float64 if displacement.dtype == torch.float64 else torch.float32

@@ -17,7 +17,8 @@ from batchgenerators.utilities.file_and_folder_operations import save_json
 from setups import DATASET, MEASURED, Case, make_trainer, planned, use_folders, write_cases
 from timing import header, peak_of_process, row
 
-from nnunet_ssl.data.cases import find_unlabeled_cases, make_unlabeled_loader
+from nnunet_ssl.data.cases import find_unlabeled_cases
+from nnunet_ssl.data.loader import make_unlabeled_loader
 from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
 
 _NUM_CASES = 4

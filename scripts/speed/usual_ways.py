@@ -19,15 +19,11 @@ from timing import header, row, time_in_turns
 from torch import nn
 
 from nnunet_ssl.blocks.networks import full_resolution
-from nnunet_ssl.losses.predictions import entropy, log_probabilities, upper_threshold
+from nnunet_ssl.losses.agreement import entropy, upper_threshold
+from nnunet_ssl.losses.predictions import log_probabilities
 from nnunet_ssl.methods import nnUNetTrainerSupervised
-from nnunet_ssl.transforms.displacement import (
-    align_displacements,
-    sample_displacement,
-    solver_grid,
-    warp,
-    without_margin,
-)
+from nnunet_ssl.transforms.alignment import align_displacements, solver_grid, without_margin
+from nnunet_ssl.transforms.displacement import sample_displacement, warp
 
 _SMOOTHNESS, _DISPLACEMENT = 0.1, 0.02
 _FRACTION = 0.8

@@ -14,14 +14,9 @@ from batchgenerators.utilities.file_and_folder_operations import load_json, save
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import binary_erosion
 
-from nnunet_ssl.data.cases import (
-    LabeledBatches,
-    UnlabeledCase,
-    UnlabeledDataLoader,
-    UnlabeledDataset,
-    outside_of_mask,
-    share_batch,
-)
+from nnunet_ssl.data.batches import LabeledBatches, share_batch
+from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, outside_of_mask
 from nnunet_ssl.data.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import (

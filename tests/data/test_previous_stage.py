@@ -16,7 +16,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.data.cases import make_unlabeled_loader
+from nnunet_ssl.data.loader import make_unlabeled_loader
 from nnunet_ssl.data.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX, preprocessing_settings
 from nnunet_ssl.data.previous_stage import previous_stage
 from nnunet_ssl.errors import UserError

@@ -8,17 +8,16 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import entropy as scipy_entropy
 
-from nnunet_ssl.losses.predictions import (
+from nnunet_ssl.losses.agreement import (
     cosine_distance,
     entropy,
     kl_divergence,
-    log_probabilities,
     masked_mean,
     pseudo_label_cross_entropy,
-    soft_dice_loss,
-    target_maps,
     upper_threshold,
 )
+from nnunet_ssl.losses.overlap import soft_dice_loss
+from nnunet_ssl.losses.predictions import log_probabilities, target_maps
 
 SHAPES = [(5, 7), (3, 4, 5)]
 REGIONS = [False, True]

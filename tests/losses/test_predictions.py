@@ -7,15 +7,8 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 
-from nnunet_ssl.losses.predictions import (
-    SMOOTH,
-    SoftIoULoss,
-    downsample_target,
-    found_classes,
-    likeliest,
-    probabilities,
-    soft_iou_loss,
-)
+from nnunet_ssl.losses.overlap import SMOOTH, SoftIoULoss, found_classes, soft_iou_loss
+from nnunet_ssl.losses.predictions import downsample_target, likeliest, probabilities
 
 SHAPES = [(6, 5), (4, 3, 5)]
 

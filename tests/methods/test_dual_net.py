@@ -12,10 +12,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.special import softmax
 
-from nnunet_ssl.blocks.networks import FeatureTap
+from nnunet_ssl.blocks.features import FeatureTap
 from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.losses.predictions import log_probabilities, soft_dice_loss
+from nnunet_ssl.losses.overlap import soft_dice_loss
+from nnunet_ssl.losses.predictions import log_probabilities
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSupervised
 from nnunet_ssl.nnunet.plans import PLAIN, RESIDUAL, with_partner_network
 from nnunet_ssl.testing.tiny import PATCHES, SSL, TinyDataset, make_plans

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from nnunet_ssl.data.cases import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.methods import fdpl, nnUNetTrainerFDPL
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 from nnunet_ssl.transforms import mixing
@@ -360,7 +360,7 @@ def origin_of(crop: torch.Tensor) -> tuple[int, ...]:
 def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkeypatch):
     from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 
-    from nnunet_ssl.data import cases as unlabeled_data
+    from nnunet_ssl.data import loader as unlabeled_data
 
     made = []
     monkeypatch.setattr(unlabeled_data, "in_background_workers", lambda loader, *_: made.append(loader))

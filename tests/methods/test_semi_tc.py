@@ -7,10 +7,12 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from nnunet_ssl.losses.predictions import probabilities, soft_iou_loss
+from nnunet_ssl.losses.overlap import soft_iou_loss
+from nnunet_ssl.losses.predictions import probabilities
 from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSupTC
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
-from nnunet_ssl.transforms.displacement import align_displacements, inside_mask, warp, without_margin
+from nnunet_ssl.transforms.alignment import align_displacements, inside_mask, without_margin
+from nnunet_ssl.transforms.displacement import warp
 
 
 def initialized(tiny, cls=nnUNetTrainerSemiTC, **ssl):

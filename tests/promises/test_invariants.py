@@ -245,7 +245,7 @@ def stop_at_epoch(trainer: SemiSupervisedTrainer, epoch: int) -> None:
 
 @pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)
 def test_6_voxels_outside_the_mask_cannot_change_the_loss(tiny, cls):
-    from nnunet_ssl.transforms.displacement import align_displacements, inside_mask
+    from nnunet_ssl.transforms.alignment import align_displacements, inside_mask
 
     trainer = tiny.initialized(cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
     logits_1, logits_2 = torch.randn(2, 2, 3, *tiny.patch)

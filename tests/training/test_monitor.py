@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nnunet_ssl.data.cases import UnlabeledDataset
+from nnunet_ssl.data.loader import UnlabeledDataset
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerDualNet, nnUNetTrainerFDPL
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 from nnunet_ssl.training.logger import TermLogger

@@ -17,8 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_ssl.cli import VERBS, main
-from nnunet_ssl.data.augmentation import Augmentation, warning_about_sides
-from nnunet_ssl.data.label_names import labels_that_name_sides
+from nnunet_ssl.data.augmentation import Augmentation, labels_that_name_sides, warning_about_sides
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupervised, nnUNetTrainerSupTC
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder

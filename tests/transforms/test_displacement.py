@@ -7,17 +7,19 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from nnunet_ssl.transforms.displacement import (
-    MAX_STRAIN,
+from nnunet_ssl.transforms.alignment import (
     align_displacements,
-    compose_displacements,
     inside_mask,
     invert_displacement,
+    solver_grid,
+    without_margin,
+)
+from nnunet_ssl.transforms.displacement import (
+    MAX_STRAIN,
+    compose_displacements,
     jacobian_determinant,
     sample_displacement,
-    solver_grid,
     warp,
-    without_margin,
 )
 
 SHAPES = [(24, 31), (12, 15, 18)]

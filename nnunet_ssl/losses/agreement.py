@@ -1,0 +1,69 @@
+"""How sure predictions are, and how well two of them agree; in float32 whatever autocast does around."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Shannon entropy in nats, the mean over groups: (B, G, K, *S) to (B, *S)."""
+    return -(log_p.exp() * log_p).sum(2).mean(1)
+
+
+def upper_threshold(values: Tensor, fraction: float) -> Tensor:
+    """The smallest value that at least this fraction of the values does not exceed: an empirical quantile.
+
+    Without interpolation (numpy's method "inverted_cdf"), so that it is one of the values; on the device, for tensors
+    of any size (torch.quantile stops at 2^24 in many versions).
+
+    Args:
+        values: Any shape, not empty.
+        fraction: In [0, 1].
+
+    Returns:
+        Scalar tensor.
+    """
+    flat = values.flatten()
+    rank = min(max(math.ceil(fraction * flat.numel()), 1), flat.numel())
+    # The larger values are fewer than the smaller ones, and topk works in parallel where kthvalue does not.
+    return flat.topk(flat.numel() - rank + 1, sorted=False).values.min()
+
+
+def pseudo_label_cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy against pseudo-labels, voxel by voxel: the mean over groups.
+
+    Args:
+        log_p: (B, G, K, *S).
+        labels: (B, G, *S), whole numbers below K.
+
+    Returns:
+        (B, *S).
+    """
+    return -log_p.gather(2, labels[:, :, None])[:, :, 0].mean(1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the voxels where the mask is true; 0 where there is none, with a gradient of 0."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+def cosine_distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """1 - cos(p, q) along the class axis, voxel by voxel; the classes of all groups form one vector.
+
+    Args:
+        log_p: (B, G, K, *S).
+        log_q: Of the same shape.
+
+    Returns:
+        (B, *S), in [0, 1].
+    """
+    return 1.0 - functional.cosine_similarity(log_p.exp().flatten(1, 2), log_q.exp().flatten(1, 2), dim=1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, voxel by voxel: the mean over groups; (B, G, K, *S) twice to (B, *S)."""
+    return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
