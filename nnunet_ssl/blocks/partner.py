@@ -1,34 +1,33 @@
-"""A second network of a plan's architecture."""
+"""A second network of nnU-Net's families that learns beside the plan's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_ssl.runtime.distributed import data_parallel
-
-if TYPE_CHECKING:
-    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
+from nnunet_ssl.blocks.companion import Companion
+from nnunet_ssl.blocks.networks import set_deep_supervision
 
 
-def build_partner(trainer: SemiSupervisedTrainer, plans: dict[str, Any]) -> nn.Module:
-    """A second network on the trainer's device, built, compiled and wrapped as nnU-Net does with the first.
+class Partner(Companion):
+    """A network that learns from labels as the plan's does, and can be exported as a model of its own.
 
     Args:
-        trainer: Already initialized by nnU-Net.
-        plans: Whose network it is, in the trainer's configuration.
+        network: Built as nnU-Net does, with the plan's input channels and segmentation heads.
+        architecture: Its entry "architecture" in a configuration of the plans.
     """
-    manager = PlansManager(plans)
-    partner = trainer.build_network_architecture(
-        manager,
-        manager.get_configuration(trainer.configuration_name),
-        trainer.num_input_channels,
-        trainer.label_manager.num_segmentation_heads,
-        trainer.enable_deep_supervision,
-    ).to(trainer.device)
-    if trainer._do_i_compile():
-        partner = torch.compile(partner)
-    return data_parallel(partner) if trainer.is_ddp else partner
+
+    predicts: ClassVar[bool] = True
+
+    def __init__(self, network: nn.Module, architecture: dict[str, Any]) -> None:
+        super().__init__(network)
+        self._architecture = architecture
+
+    def set_deep_supervision(self, enabled: bool) -> None:
+        """Return logits at all resolutions, or at the full one alone."""
+        set_deep_supervision(self.module, enabled)
+
+    def architecture(self) -> dict[str, Any]:
+        """As the plans describe it."""
+        return self._architecture

@@ -20,7 +20,7 @@ VERBS = {
     "train": "train in processes that torchrun starts, on several machines",
     "compare": "score trainers on held-out cases, and write tables and a report page",
     "postprocess": "remove small or separate objects and fill holes in predictions",
-    "export": "make a model folder of the second network of a dual training",
+    "export": "make a model folder of a further network of a training",
     "demo": "run everything on a small data set and compare with supervised training",
 }
 

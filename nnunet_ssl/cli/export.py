@@ -1,7 +1,8 @@
-"""Make a model folder of the second network of a dual training, for stock nnU-Net.
+"""Make a model folder of a further network of a training, for stock nnU-Net.
 
-nnUNetv2_predict then uses it like any model, with -tr as printed, and nnUNetv2_ensemble averages its predictions with
-those of the first network. Predicting needs nothing of this package.
+That is the second one of a dual training, or an averaged one. nnUNetv2_predict then uses it like any model, with -tr as
+printed, and nnUNetv2_ensemble averages its predictions with those of the plan's network. Predicting needs nothing of
+this package.
 """
 
 from __future__ import annotations
@@ -21,18 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint file to export"
     )
+    parser.add_argument(
+        "--network", metavar="NAME", help="which one, e.g. partner; may be left out where there is one only"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder and say how to predict with it."""
     from nnunet_ssl.nnunet.folders import dataset_name, require_variables
-    from nnunet_ssl.training.export import export_partner
+    from nnunet_ssl.training.export import export_network
 
     (results,) = require_variables("nnUNet_results")
     dataset = dataset_name(arguments.dataset)
     source = results / dataset / f"{arguments.trainer}__{arguments.plans}__{arguments.configuration}"
-    target = export_partner(source, arguments.folds, arguments.checkpoint, arguments.overwrite)
+    target = export_network(
+        source, arguments.folds, arguments.checkpoint, arguments.network, arguments.overwrite
+    )
     print(f"Written to {target}; predict with")
     print(
         f"nnUNetv2_predict -d {dataset} -c {arguments.configuration} -p {arguments.plans} "

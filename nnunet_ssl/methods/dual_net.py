@@ -14,13 +14,15 @@ prototypes made on each for itself.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnunet_ssl.blocks.features import FeatureTap
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass
+from nnunet_ssl.data.batches import Labeled, Unlabeled
 from nnunet_ssl.losses.agreement import (
     cosine_distance,
     entropy,
@@ -31,18 +33,17 @@ from nnunet_ssl.losses.agreement import (
 )
 from nnunet_ssl.losses.contrastive import contrastive_loss
 from nnunet_ssl.losses.overlap import soft_dice_loss
-from nnunet_ssl.losses.predictions import label_map, likeliest, log_probabilities, probabilities, target_maps
+from nnunet_ssl.losses.predictions import likeliest, target_maps
 from nnunet_ssl.nnunet.plans import with_partner_network
 from nnunet_ssl.runtime.distributed import mean_over_ranks
-from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
-from nnunet_ssl.training.monitor import PSEUDO_LABELS
-from nnunet_ssl.training.schedules import gaussian_ramp
-from nnunet_ssl.training.step import LossTerm
+from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
+from nnunet_ssl.training.method import Losses, Output
+from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 
 @dataclasses.dataclass(frozen=True)
-class DualNetworkParameters(SemiSupervisedParameters):
+class DualNetParameters(MethodParameters):
     """Hyper-parameters of the dual networks."""
 
     supervised_fraction: float = parameter(
@@ -68,73 +69,65 @@ class DualNetworkParameters(SemiSupervisedParameters):
     )
 
 
-class nnUNetTrainerDualNet(SemiSupervisedTrainer):
+class nnUNetTrainerDualNet(SemiSupervisedTrainer[DualNetParameters]):
     """The plan's network and its residual partner; at each step, the better one teaches the other."""
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = DualNetworkParameters
-    unlabeled_terms: ClassVar[tuple[str, ...]] = ("pseudo_label", "consistency", "uncertainty", "contrastive")
-    term_names: ClassVar[tuple[str, ...]] = ("supervised", "supervised_partner", *unlabeled_terms)
-    statistic_names: ClassVar[tuple[str, ...]] = ("network_teaches", "reliable")
-    uses_unlabeled: ClassVar[bool] = True
+    Parameters = DualNetParameters
+    unlabeled_terms = ("pseudo_label", "consistency", "uncertainty", "contrastive")
+    statistic_names = ("network_teaches", "reliable")
+    views = ("strong", "weak")
 
-    def initialize(self) -> None:
-        """Build both networks; their features are kept where the contrastive term needs them."""
-        super().initialize()
-        self._teacher = 0
-        wanted = self.hp.contrastive_weight > 0
-        self._taps = [FeatureTap(network) for network in self.networks] if wanted else []
-
-    def partner_plans(self) -> dict[str, Any]:
-        """The plans with the partner's network."""
+    def build(self) -> None:
+        """The partner; the features of both are kept where the contrastive term needs them."""
         plans = self.plans_manager
-        return with_partner_network(plans.plans, f"{plans.plans_name}_partner", self.configuration_name)
+        plans = with_partner_network(plans.plans, f"{plans.plans_name}_partner", self.configuration_name)
+        self.add("partner", self.build_partner(plans))
+        # The last teacher, 0 for the plan's network.
+        self.teacher = 0
+        wanted = self.hp.contrastive_weight > 0
+        self._taps = [FeatureTap(network) for network in self.predictors] if wanted else []
 
-    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
-        """Both networks learn from labels, and the student from the teacher."""
-        outputs = [network(labeled["data"]) for network in self.networks]
-        terms = {
-            name: LossTerm(self.supervised_loss(output, labeled["target"]), 1.0)
-            for name, output in zip(("supervised", "supervised_partner"), outputs)
-        }
-        self.note_learned(outputs, labeled["target"])
-        weights = {name: getattr(self.hp, f"{name}_weight") for name in self.unlabeled_terms}
-        if unlabeled is None or not any(weights.values()):
-            return terms
+    def wanted_views(self) -> tuple[str, ...]:
+        """The teacher's view, and the student's where it is another."""
+        return self.views if self.hp.weak_teacher else ("strong",)
+
+    def trains(self, term: str) -> tuple[str, ...]:
+        """The last student."""
+        return ("partner",) if self.teacher == 0 else ("network",)
+
+    def unlabeled_losses(self, labeled: Labeled, unlabeled: Unlabeled, outputs: Sequence[Output]) -> Losses:
+        """What the student learns from the teacher."""
         logits = [full_resolution(output) for output in outputs]
-        teacher = self.choose_teacher(logits, labeled["target"])
+        self.teacher = teacher = self.choose_teacher(logits, labeled.target)
         student = 1 - teacher
-        self._teacher = teacher
+        features = None
         if self._taps:
-            student_outputs, features = self._taps[student](unlabeled["data"])
+            student_outputs, features = self._taps[student](unlabeled.strong)
         else:
-            student_outputs, features = self.networks[student](unlabeled["data"]), None
+            student_outputs = self.predictors[student](unlabeled.strong)
         with torch.no_grad():
-            seen = unlabeled["weak" if self.wants_weak_view else "data"]
-            teacher_logits = full_resolution(self.networks[teacher](seen))
-        values = self.student_terms(
+            seen = unlabeled.weak if self.hp.weak_teacher else unlabeled.strong
+            teacher_logits = full_resolution(self.predictors[teacher](seen))
+        self.note("network_teaches", float(teacher == 0))
+        return self.student_terms(
             [full_resolution(student_outputs), logits[student]], [teacher_logits, logits[teacher].detach()], features
         )
-        ramp = gaussian_ramp(self.stage_progress, self.hp.unlabeled_ramp)
-        self.statistics["network_teaches"] = float(teacher == 0)
-        return terms | {name: LossTerm(value, weights[name] * ramp) for name, value in values.items()}
 
-    def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Both networks' labels, where they disagree, the last teacher's pseudo-labels and where they count.
+    def view(self, images: Tensor, generator: torch.Generator) -> View:
+        """Both networks' labels, where they disagree, the last teacher's pseudo-labels and where they count."""
+        logits = [quiet_pass(network, images) for network in self.predictors]
+        labels = [self.label_map(z) for z in logits]
+        reliable = self.reliable_voxels(*(self.log_probabilities(z) for z in logits))
+        maps = {"network": labels[0], "partner": labels[1], "disagree": labels[0] != labels[1], "reliable": reliable}
+        return View(labels[self.teacher], maps)
 
-        The plan's network stands for the teacher in stage 1.
-        """
-        regions = self.label_manager.has_regions
-        logits = [quiet_pass(network, images) for network in self.networks]
-        labels = [label_map(z, regions) for z in logits]
-        log_p = [log_probabilities(z, regions) for z in logits]
-        reliable = self.reliable_voxels(log_p[0], log_p[1])
-        return {
-            "network": labels[0],
-            "partner": labels[1],
-            "disagree": labels[0] != labels[1],
-            "reliable": reliable,
-            PSEUDO_LABELS: labels[self._teacher],
-        }
+    def memory(self) -> dict[str, Any]:
+        """The last teacher, whose pseudo-labels the pictures show."""
+        return {"teacher": self.teacher}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Go on with it."""
+        self.teacher = memory["teacher"]
 
     @torch.no_grad()
     def choose_teacher(self, logits: list[Tensor], target: Tensor) -> int:
@@ -147,11 +140,10 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
             logits: Of both networks, (B_l, K, *S).
             target: At full resolution.
         """
-        regions = self.label_manager.has_regions
-        truth, mask = target_maps(target, logits[0].shape[1], regions, self.label_manager.ignore_label)
+        truth, mask = target_maps(target, logits[0].shape[1], self.has_regions, self.label_manager.ignore_label)
         # Without the background, as in nnU-Net's Dice loss.
-        first = 0 if regions else min(1, truth.shape[1] - 1)
-        losses = [soft_dice_loss(probabilities(z, regions)[:, first:], truth[:, first:], mask) for z in logits]
+        first = 0 if self.has_regions else min(1, truth.shape[1] - 1)
+        losses = [soft_dice_loss(self.probabilities(z)[:, first:], truth[:, first:], mask) for z in logits]
         return int(mean_over_ranks(torch.stack(losses)).argmin().item())
 
     @torch.no_grad()
@@ -160,39 +152,30 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         sure = [h <= upper_threshold(h, self.hp.reliable_fraction) for h in (entropy(log_p), entropy(log_q))]
         return sure[0] & sure[1]
 
-    def student_terms(self, student: list[Tensor], teacher: list[Tensor], features: Tensor | None) -> dict[str, Tensor]:
-        """What the student learns from the teacher.
+    def student_terms(self, student: list[Tensor], teacher: list[Tensor], features: Tensor | None) -> Losses:
+        """The unlabeled terms that have a weight.
 
         Args:
             student: Its logits (B, K, *S) of the unlabeled batch, then of the labeled one.
             teacher: Likewise; without gradient.
             features: The student's features (B_u, C, *S) of the unlabeled batch; needed by the contrastive term.
         """
-        hp, regions = self.hp, self.label_manager.has_regions
-        log_p, log_q = log_probabilities(student[0], regions), log_probabilities(teacher[0], regions)
+        hp = self.hp
+        log_p, log_q = self.log_probabilities(student[0]), self.log_probabilities(teacher[0])
         labels = likeliest(log_q, 2)
         reliable = self.reliable_voxels(log_p, log_q)
-        self.statistics["reliable"] = reliable.float().mean()
+        self.note("reliable", reliable.float().mean())
         terms = {}
         cross_entropy = pseudo_label_cross_entropy(log_p, labels)
         if hp.pseudo_label_weight > 0:
             terms["pseudo_label"] = masked_mean(cross_entropy, reliable)
         if hp.consistency_weight > 0:
-            on_labeled = cosine_distance(log_probabilities(student[1], regions), log_probabilities(teacher[1], regions))
-            distances = [cosine_distance(log_p, log_q).flatten(), on_labeled.flatten()]
-            terms["consistency"] = torch.cat(distances).mean()
+            on_labeled = cosine_distance(self.log_probabilities(student[1]), self.log_probabilities(teacher[1]))
+            terms["consistency"] = torch.cat([cosine_distance(log_p, log_q).flatten(), on_labeled.flatten()]).mean()
         if hp.uncertainty_weight > 0:
-            divergence = kl_divergence(log_p, log_probabilities(teacher[0], regions, hp.temperature))
-            certainty = torch.exp(-divergence.detach())
-            terms["uncertainty"] = (certainty * cross_entropy).mean() + divergence.mean()
+            divergence = kl_divergence(log_p, self.log_probabilities(teacher[0], hp.temperature))
+            terms["uncertainty"] = (torch.exp(-divergence.detach()) * cross_entropy).mean() + divergence.mean()
         if features is not None:
-            terms["contrastive"] = contrastive_loss(
-                features,
-                labels,
-                reliable,
-                log_p.shape[2],
-                hp.contrastive_points,
-                hp.contrastive_margin,
-                self.generator,
-            )
+            sizes = log_p.shape[2], hp.contrastive_points, hp.contrastive_margin
+            terms["contrastive"] = contrastive_loss(features, labels, reliable, *sizes, self.generator)
         return terms

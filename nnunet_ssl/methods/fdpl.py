@@ -15,20 +15,18 @@ learned.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
-from nnunet_ssl.losses.predictions import hard_labels, label_map
-from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
-from nnunet_ssl.training.monitor import IMAGE, PSEUDO_LABELS
-from nnunet_ssl.training.schedules import gaussian_ramp
-from nnunet_ssl.training.step import LossTerm
+from nnunet_ssl.data.batches import Labeled, Unlabeled
+from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
+from nnunet_ssl.training.method import Step
+from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 from nnunet_ssl.transforms.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
 
@@ -36,7 +34,7 @@ _SMALLEST_WEIGHT = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedDynamicParameters(SemiSupervisedParameters):
+class FDPLParameters(MethodParameters):
     """Hyper-parameters of co-training with fixed and dynamic pseudo-labels."""
 
     supervised_fraction: float = parameter(
@@ -71,28 +69,27 @@ class FixedDynamicParameters(SemiSupervisedParameters):
     )
 
 
-class nnUNetTrainerFDPL(SemiSupervisedTrainer):
+class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
     """Two networks of the plan's architecture, each taught by the other's pseudo-labels of two crops."""
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = FixedDynamicParameters
-    unlabeled_terms: ClassVar[tuple[str, ...]] = ("fixed", "fixed_partner", "dynamic", "dynamic_partner")
-    term_names: ClassVar[tuple[str, ...]] = ("supervised", "supervised_partner", *unlabeled_terms)
-    statistic_names: ClassVar[tuple[str, ...]] = ("agreement", "redecided")
-    uses_unlabeled: ClassVar[bool] = True
+    Parameters = FDPLParameters
+    unlabeled_terms = ("fixed", "fixed_partner", "dynamic", "dynamic_partner")
+    statistic_names = ("agreement", "redecided")
+    views = ("strong", "weak")
     pseudo_label_loss: nn.Module
 
-    def initialize(self) -> None:
-        """Build both networks, and say where images leave no room for the shift."""
-        super().initialize()
+    def build(self) -> None:
+        """The partner, which differs by its initial weights and by what it sees."""
+        self.add("partner", self.build_partner())
         if self.hp.shift > 0 and self.hp.dynamic_weight > 0 and not any(self.unlabeled_margin):
             self.print_to_log_file(
                 "WARNING: images are hardly larger than the patch, so there is no shifted crop to look at: dynamic "
                 "pseudo-labels equal the fixed ones. A smaller patch (nnunet-ssl configure --patch-size) makes room."
             )
 
-    def partner_plans(self) -> dict[str, Any]:
-        """The plans themselves: the second network differs by its initial weights and by what it sees."""
-        return copy.deepcopy(self.plans_manager.plans)
+    def wanted_views(self) -> tuple[str, ...]:
+        """The networks' view when they label, and when they learn where it is another."""
+        return self.views if self.hp.weak_teacher else ("strong",)
 
     @property
     def unlabeled_margin(self) -> tuple[int, ...]:
@@ -110,19 +107,16 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         wanted = [0 if axis in fixed_axes else round(shift * side) for axis, side in enumerate(plan.patch_size)]
         return tuple(map(min, wanted, room))
 
-    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
+    def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
         """Both networks learn from labels, and each from the other's pseudo-labels."""
-        data, target = labeled["data"], labeled["target"]
         if unlabeled is None or not (self.hp.fixed_weight or self.hp.dynamic_weight):
-            outputs = [network(data) for network in self.networks]
-            self.note_learned(outputs, target)
-            return self._supervised_terms(outputs, target)
-
+            return super().step(labeled, None)
+        data, target = labeled.images, labeled.target
         margin = self.unlabeled_margin
         shift = draw_shift(margin, self.generator)
         no_shift = [0] * len(margin)
-        center = shifted_crop(unlabeled["data"], margin, no_shift)
-        weak = unlabeled["weak" if self.wants_weak_view else "data"]
+        center = shifted_crop(unlabeled.strong, margin, no_shift)
+        weak = unlabeled.weak if self.hp.weak_teacher else unlabeled.strong
         to_label = shifted_crop(weak, margin, no_shift), shifted_crop(weak, margin, shift)
         boxes = None
         if self.hp.cutmix:
@@ -131,50 +125,42 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
 
         # The passes with gradient, the labeled batch and the unlabeled one together. They come before those without:
         # autocast would keep the copies of weights that the latter make, and these lead to no gradient.
-        passes = [network(torch.cat([data, images])) for network, images in zip(self.networks, (center, mixed))]
+        passes = [network(torch.cat([data, images])) for network, images in zip(self.predictors, (center, mixed))]
         on_labels, on_images = zip(*(split_outputs(outputs, len(data)) for outputs in passes))
-        self.note_learned(on_labels, target)
         # A network that has seen the very crop to label already needs no further pass of it.
-        known = [None if self.wants_weak_view else outputs for outputs in on_images]
+        known = [None if self.hp.weak_teacher else outputs for outputs in on_images]
         if boxes is not None:
             known[1] = None
         fixed, dynamic = zip(
-            *(self.pseudo_labels(n, k, *to_label, shift, target) for n, k in zip(self.networks, known))
+            *(self.pseudo_labels(n, k, *to_label, shift, target) for n, k in zip(self.predictors, known))
         )
-        self.statistics["agreement"] = (fixed[0] == fixed[1]).float().mean()
-        self.statistics["redecided"] = torch.stack([(d != f).float().mean() for d, f in zip(dynamic, fixed)]).mean()
+        self.note("agreement", (fixed[0] == fixed[1]).float().mean())
+        self.note("redecided", torch.stack([(d != f).float().mean() for d, f in zip(dynamic, fixed)]).mean())
 
-        terms = self._supervised_terms(on_labels, target)
-        ramp = gaussian_ramp(self.stage_progress, self.hp.unlabeled_ramp)
-        for name, labels, weight in (
-            ("fixed", fixed, self.hp.fixed_weight),
-            ("dynamic", dynamic, self.hp.dynamic_weight),
-        ):
-            if weight == 0:
+        losses = {name: self.supervised_loss(o, target) for name, o in zip(self.supervised_terms, on_labels)}
+        for name, labels in (("fixed", fixed), ("dynamic", dynamic)):
+            if self.weight(name) == 0:
                 continue
             for_second = labels[0] if boxes is None else mix(labels[0], self._partners(labels[0], target), boxes)
-            for student, teaching in (("", labels[1]), ("_partner", for_second)):
-                outputs = on_images[1 if student else 0]
-                value = self.supervised_loss(outputs, teaching, self.pseudo_label_loss)
-                terms[name + student] = LossTerm(value, weight * ramp)
-        return terms
+            losses[name] = self.supervised_loss(on_images[0], labels[1], self.pseudo_label_loss)
+            losses[f"{name}_partner"] = self.supervised_loss(on_images[1], for_second, self.pseudo_label_loss)
+        return Step(losses, (on_labels, target))
 
-    def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def view(self, images: Tensor, generator: torch.Generator) -> View:
         """Both networks' labels of the center crop, where they disagree, and the first one's dynamic labels."""
-        margin, regions = self.unlabeled_margin, self.label_manager.has_regions
+        margin = self.unlabeled_margin
         shift = draw_shift(margin, generator)
         center = shifted_crop(images, margin, [0] * len(margin))
-        first, second = (label_map(quiet_pass(network, center), regions) for network in self.networks)
-        temporary = label_map(quiet_pass(self.networks[0], shifted_crop(images, margin, shift)), regions)
+        first, second = (self.label_map(quiet_pass(network, center)) for network in self.predictors)
+        temporary = self.label_map(quiet_pass(self.network, shifted_crop(images, margin, shift)))
         dynamic = compose_pseudo_labels(first[:, None], temporary[:, None], shift)[:, 0]
-        return {
-            IMAGE: center,
+        maps = {
             "network 2": second,
             "disagree": first != second,
-            PSEUDO_LABELS: first,
             "dynamic": dynamic,
             "redecided": dynamic != first,
         }
+        return View(first, maps, center)
 
     @torch.no_grad()
     def pseudo_labels(
@@ -203,12 +189,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         logits = list(full_resolution(teacher(torch.cat(wanted))).split(len(shifted))) if wanted else []
         if known is not None:
             logits.insert(0, full_resolution(known))
-        labels = [hard_labels(z, like, self.label_manager.has_regions) for z in logits]
+        labels = [self.hard_labels(z, like) for z in logits]
         return labels[0], compose_pseudo_labels(labels[0], labels[-1], shift)
-
-    def _supervised_terms(self, outputs: Any, target: Tensor) -> dict[str, LossTerm]:
-        names = ("supervised", "supervised_partner")
-        return {name: LossTerm(self.supervised_loss(o, target), 1.0) for name, o in zip(names, outputs)}
 
     @staticmethod
     def _partners(unlabeled: Tensor, labeled: Tensor) -> Tensor:

@@ -14,21 +14,25 @@ learned.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
+from nnunet_ssl.data.batches import Labeled, Unlabeled
 from nnunet_ssl.losses.overlap import SoftIoULoss, found_classes, soft_iou_loss
-from nnunet_ssl.losses.predictions import label_map, probabilities
-from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
-from nnunet_ssl.training.monitor import IMAGE, PSEUDO_LABELS
-from nnunet_ssl.training.schedules import gaussian_ramp
-from nnunet_ssl.training.step import LossTerm
+from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
+from nnunet_ssl.training.method import Step
+from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-from nnunet_ssl.transforms.alignment import SolverGrid, align_displacements, inside_mask, solver_grid, without_margin
+from nnunet_ssl.transforms.alignment import (
+    SolverGrid,
+    align_displacements,
+    inside_mask,
+    solver_grid,
+    without_margin,
+)
 from nnunet_ssl.transforms.displacement import sample_displacement, warp
 
 # Enough fields to say their strength to a few percent, few enough to cost nothing.
@@ -36,16 +40,13 @@ _NUM_FIELDS_SAID = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformationConsistencyParameters(SemiSupervisedParameters):
+class SemiTCParameters(MethodParameters):
     """Hyper-parameters of the elastic-equivariance Siamese network."""
 
     supervised_fraction: float = parameter(
         0.5, "fraction of the epochs trained on labels alone, before the consistency term", minimum=0.0, maximum=1.0
     )
     consistency_weight: float = parameter(1.0, "weight lambda of the consistency term", minimum=0.0)
-    consistency_ramp: float = parameter(
-        0.0, "fraction of stage 2 over which the weight rises from 0; 0 for at once", minimum=0.0, maximum=1.0
-    )
     smoothness: float = parameter(
         0.1, "sigma of the Gaussian that smooths the displacement", "fraction of the patch side", minimum=0.01
     )
@@ -63,12 +64,12 @@ class TransformationConsistencyParameters(SemiSupervisedParameters):
     )
 
 
-class nnUNetTrainerSupTC(SemiSupervisedTrainer):
+class nnUNetTrainerSupTC(SemiSupervisedTrainer[SemiTCParameters]):
     """Supervised training with the consistency term on the labeled cases."""
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = TransformationConsistencyParameters
-    unlabeled_terms: ClassVar[tuple[str, ...]] = ("consistency",)
-    term_names: ClassVar[tuple[str, ...]] = ("supervised", *unlabeled_terms)
+    Parameters = SemiTCParameters
+    unlabeled_terms = ("consistency",)
+    views = ()
 
     def on_train_start(self) -> None:
         """Start, and say what the transforms are in voxels: fields that could fold are scaled down."""
@@ -84,12 +85,10 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
             f"fields are scaled down so that they cannot fold)"
         )
 
-    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
+    def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
         """S on both branches, and in stage 2 lambda C over labeled and unlabeled examples alike."""
-        data, target = labeled["data"], labeled["target"]
-        num_labeled = len(data)
-        if unlabeled is not None:
-            data = torch.cat([data, unlabeled["data"]])
+        num_labeled = len(labeled.images)
+        data = labeled.images if unlabeled is None else torch.cat([labeled.images, unlabeled.strong])
         u1, u2 = self.draw_displacement(data), self.draw_displacement(data)
         margin = self.grid(tuple(data.shape[2:])).margin
         t1, t2 = without_margin(u1, margin), without_margin(u2, margin)
@@ -97,35 +96,29 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         branch_1, branch_2 = split_outputs(outputs, len(data))
 
         on_labels = [split_outputs(branch, num_labeled)[0] for branch in (branch_1, branch_2)]
-        targets = [warp(target, t[:num_labeled], "nearest") for t in (t1, t2)]
-        losses = [self.supervised_loss(outputs, moved) for outputs, moved in zip(on_labels, targets)]
-        self.note_learned(on_labels[:1], targets[0])
-        terms = {"supervised": LossTerm((losses[0] + losses[1]) / 2, 1.0)}
+        targets = [warp(labeled.target, t[:num_labeled], "nearest") for t in (t1, t2)]
+        first, second = (self.supervised_loss(outputs, moved) for outputs, moved in zip(on_labels, targets))
+        losses = {"supervised": (first + second) / 2}
         if self.in_second_stage:
-            weight = self.hp.consistency_weight * gaussian_ramp(self.stage_progress, self.hp.consistency_ramp)
-            consistency = self.consistency(full_resolution(branch_1), full_resolution(branch_2), u1, u2)
-            terms["consistency"] = LossTerm(consistency, weight)
-        return terms
+            losses["consistency"] = self.consistency(full_resolution(branch_1), full_resolution(branch_2), u1, u2)
+        return Step(losses, (on_labels[:1], targets[0]))
 
-    def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def view(self, images: Tensor, generator: torch.Generator) -> View:
         """Both branches' labels in the frame of branch 2, where they disagree, and where they can be compared."""
         shape = tuple(images.shape[2:])
         u1, u2 = (self._sample(len(images), shape, generator).to(images.device) for _ in range(2))
         margin = self.grid(shape).margin
         warped = [self.warp_input(images, without_margin(u, margin)) for u in (u1, u2)]
-        regions = self.label_manager.has_regions
-        logits = [quiet_pass(self.network, image) for image in warped]
+        labels_1, branch_2 = (self.label_map(quiet_pass(self.network, image)) for image in warped)
         alignment = align_displacements(u1, u2, grid=self.grid(shape))
-        aligned = warp(label_map(logits[0], regions)[:, None], alignment, "nearest")[:, 0]
-        branch_2, compared = label_map(logits[1], regions), inside_mask(alignment)[:, 0]
-        return {
-            IMAGE: warped[1],
+        aligned, compared = warp(labels_1[:, None], alignment, "nearest")[:, 0], inside_mask(alignment)[:, 0]
+        maps = {
             "branch 1, aligned": aligned,
             "branch 2": branch_2,
             "disagree": (aligned != branch_2) & compared,
             "compared": compared,
-            PSEUDO_LABELS: label_map(quiet_pass(self.network, images), regions),
         }
+        return View(self.label_map(quiet_pass(self.network, images)), maps, warped[1])
 
     def warp_input(self, data: Tensor, displacement: Tensor) -> Tensor:
         """What the network sees, moved: the previous stage's segmentation of a cascade stays one of whole labels."""
@@ -154,8 +147,8 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
             u1: (B, D, *(S + 2 margin)), in voxels, with the margin of ``grid``.
             u2: Of the same shape.
         """
-        regions = self.label_manager.has_regions
-        p1, p2 = probabilities(logits_1, regions), probabilities(logits_2, regions)
+        regions = self.has_regions
+        p1, p2 = self.probabilities(logits_1), self.probabilities(logits_2)
         alignment = align_displacements(u1, u2, grid=self.grid(tuple(logits_1.shape[2:])))
         aligned, mask = warp(p1, alignment, self.hp.interpolation), inside_mask(alignment)
         found = found_classes(aligned, regions, mask) | found_classes(p2, regions, mask)
@@ -184,17 +177,17 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         loss = super()._build_loss()
         if self.hp.supervised_loss == "nnunet":
             return loss
-        soft_iou = SoftIoULoss(self.label_manager.has_regions, self.label_manager.ignore_label)
+        soft_iou = SoftIoULoss(self.has_regions, self.label_manager.ignore_label)
         return DeepSupervisionWrapper(soft_iou, loss.weight_factors) if self.enable_deep_supervision else soft_iou
 
 
 class nnUNetTrainerSemiTC(nnUNetTrainerSupTC):
     """Labels alone in stage 1, then batches that are partly unlabeled, with the consistency term on all of them."""
 
-    uses_unlabeled: ClassVar[bool] = True
+    views = ("strong",)
 
 
 class nnUNetTrainerSemiTCPlus(nnUNetTrainerSemiTC):
     """SemiTC+, transductive: the images of the fold's validation cases and of imagesTs are unlabeled cases too."""
 
-    transductive: ClassVar[bool] = True
+    transductive = True

@@ -8,67 +8,36 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl import __version__
-from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replace_atomically
 
-if TYPE_CHECKING:
-    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-
 STATE_KEY = "nnunet_ssl"
+COMPANIONS = "companions"
 
 
-def write_checkpoint(trainer: SemiSupervisedTrainer, filename: str) -> None:
-    """Write a trainer's checkpoint; a kill or a full disk on the way leaves the previous file intact.
+def write_checkpoint(filename: str, stock: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Write a checkpoint; a kill or a full disk on the way leaves the previous file intact.
 
-    ``trainer_name`` says nnUNetTrainer where the network is the plan's own: such a file predicts on stock nnU-Net
-    without this package. Who trained it stands under ``STATE_KEY``.
+    Args:
+        filename: Where to.
+        stock: What nnU-Net reads, by its keys.
+        ours: What stands under ``STATE_KEY``: "trainer", "companions" and what else resuming needs.
     """
-    stock_network = type(trainer).build_network_architecture is nnUNetTrainer.build_network_architecture
-    checkpoint = {
-        "network_weights": bare(trainer.network).state_dict(),
-        "optimizer_state": trainer.optimizer.state_dict(),
-        "grad_scaler_state": trainer.grad_scaler.state_dict() if trainer.grad_scaler is not None else None,
-        "logging": trainer.logger.get_checkpoint(),
-        "_best_ema": trainer._best_ema,
-        "current_epoch": trainer.current_epoch + 1,
-        "init_args": trainer.my_init_kwargs,
-        "trainer_name": nnUNetTrainer.__name__ if stock_network else type(trainer).__name__,
-        "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
-        STATE_KEY: {
-            "trainer": type(trainer).__name__,
-            "version": __version__,
-            "hyperparameters": trainer.hp.as_dict(),
-            "partner": partner_state(trainer),
-            "learned": trainer.learned.state(),
-            "random_state": random_state(trainer.device, trainer.generator),
-        },
-    }
+    checkpoint = {**stock, STATE_KEY: {"version": __version__, **ours}}
     replace_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
-
-
-def partner_state(trainer: SemiSupervisedTrainer) -> dict[str, Any] | None:
-    """Weights of the second network, and its architecture as plans describe it; None without one."""
-    plans = trainer.partner_plans()
-    if plans is None or trainer.partner is None:
-        return None
-    configuration = PlansManager(plans).get_configuration(trainer.configuration_name).configuration
-    return {"weights": bare(trainer.partner).state_dict(), "architecture": configuration["architecture"]}
 
 
 def read_state(filename: str, trainer_name: str) -> dict[str, Any]:
     """What ``write_checkpoint`` put under ``STATE_KEY``.
 
     Raises:
-        UserError: If another trainer wrote the file.
+        UserError: If another trainer wrote the file, or a version that saved its networks otherwise.
     """
     state = torch.load(filename, map_location="cpu", weights_only=False).get(STATE_KEY)
     if state is None or state["trainer"] != trainer_name:
@@ -77,7 +46,22 @@ def read_state(filename: str, trainer_name: str) -> dict[str, Any]:
             f"{filename} was written by {writer}, not by {trainer_name}; it cannot be continued or validated by it. "
             f"To start from its weights use -pretrained_weights (of the first network, where it has two)."
         )
+    check_layout(filename, state)
     return state
+
+
+def check_layout(filename: str, state: Mapping[str, Any]) -> None:
+    """Refuse what a former version wrote.
+
+    Raises:
+        UserError: Naming the version that reads it.
+    """
+    if COMPANIONS not in state:
+        raise UserError(
+            f"{filename} was written by nnunet-ssl {state['version']}, which saved second networks and hyper-parameters "
+            f"otherwise. Continue, validate and export it with that version (pip install nnunet-ssl=="
+            f"{state['version']}). nnUNetv2_predict uses the model as it is, with any version and with none."
+        )
 
 
 def random_state(device: torch.device, generator: torch.Generator) -> dict[str, Any]:

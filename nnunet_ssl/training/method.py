@@ -1,102 +1,256 @@
-"""What a method implements, and what it may ask its training for."""
+"""What a method declares and implements, and what it may ask its training for."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunet_ssl.blocks.companion import Companion
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass
-from nnunet_ssl.losses.predictions import downsample_target, label_map
-from nnunet_ssl.training.hyperparameters import HyperParameters
+from nnunet_ssl.blocks.partner import Partner
+from nnunet_ssl.data.batches import Labeled, Unlabeled
+from nnunet_ssl.losses import predictions
+from nnunet_ssl.runtime.precision import autocast
+from nnunet_ssl.training.hyperparameters import HyperParameters, MethodParameters
 from nnunet_ssl.training.learned import overlap_counts
-from nnunet_ssl.training.monitor import PSEUDO_LABELS
-from nnunet_ssl.training.schedules import first_epoch_of_second_stage
-from nnunet_ssl.training.step import LossTerm
+from nnunet_ssl.training.monitor import View
+from nnunet_ssl.training.schedules import first_epoch_of_second_stage, gaussian_ramp
+
+P = TypeVar("P", bound=HyperParameters)
+C = TypeVar("C", bound=Companion)
+
+# What a network returns: logits (B, K, *S), with deep supervision a list of them by falling resolution.
+Output = Any
+Losses = dict[str, Tensor]
+
+NETWORK = "network"
+SUPERVISED = "supervised"
 
 
-class Method(ABC):
-    """A semi-supervised method. ``SemiSupervisedTrainer`` brings the training, a deriving class the losses.
+class Step(NamedTuple):
+    """What a method makes of a step's batches.
 
-    A method sets ``hyperparameters_class``; ``term_names``, the loss terms it returns, in the order of the log;
-    ``unlabeled_terms``, those that need more than labels; ``statistic_names``, what else it tells about a step;
-    ``uses_unlabeled``, whether it needs the second loader; ``transductive``, whether it learns from validation and test
-    images too.
+    losses: scalar tensors by name, without their weights; known: the outputs of every network that learns from labels
+    for the labeled batch, without those of other images, and their target. The unlabeled terms wait for what they show.
     """
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = HyperParameters
-    term_names: ClassVar[tuple[str, ...]] = ("supervised",)
+    losses: Losses
+    known: tuple[Sequence[Output], Tensor]
+
+
+class Method(ABC, Generic[P]):
+    """A semi-supervised method. ``SemiSupervisedTrainer`` brings the training, a deriving class the losses.
+
+    Attributes:
+        Parameters: Frozen dataclass of hyper-parameters; for every term NAME one NAME_weight.
+        unlabeled_terms: Names of the loss terms that need more than labels, in the order of the log. They are off in
+            stage 1, their weights rise with ``unlabeled_ramp``, and they wait for the structures.
+        labeled_terms: Names of further terms on labels, besides nnU-Net's loss of every network that learns from them.
+        statistic_names: What else is told about a step, by ``note``.
+        views: Of every unlabeled image that may be asked for: "strong" (nnU-Net's augmentation), "weak" (the same
+            geometry, no changes of intensity), "strong_2" (the same geometry, other changes of intensity). Without
+            any, no unlabeled image is loaded.
+        transductive: Whether the fold's validation images and imagesTs are learned from too.
+        uses_unlabeled: Whether there are views.
+    """
+
+    Parameters: ClassVar[type[HyperParameters]] = MethodParameters
     unlabeled_terms: ClassVar[tuple[str, ...]] = ()
+    labeled_terms: ClassVar[tuple[str, ...]] = ()
     statistic_names: ClassVar[tuple[str, ...]] = ()
-    uses_unlabeled: ClassVar[bool] = False
+    views: ClassVar[tuple[str, ...]] = ("strong",)
     transductive: ClassVar[bool] = False
-    hp: Any
+    uses_unlabeled: ClassVar[bool]
+
+    hp: P
     network: nn.Module
-    partner: nn.Module | None
     loss: nn.Module
     device: torch.device
-    label_manager: Any
+    generator: torch.Generator
+    plans_manager: Any
     configuration_manager: Any
-    is_cascaded: bool
+    configuration_name: str
+    label_manager: Any
+    enable_deep_supervision: bool
+    num_input_channels: int
     num_epochs: int
     num_iterations_per_epoch: int
     current_epoch: int
-    statistics: dict[str, Tensor | float]
-    labeled_overlap: Tensor | None
-    generator: torch.Generator
+    is_ddp: bool
+    build_network_architecture: Callable[..., nn.Module]
+    _do_i_compile: Callable[[], bool]
+    companions: dict[str, Companion]
     _iterations_done_in_epoch: int
+    _statistics: dict[str, Tensor | float]
 
-    # ---- what a method implements ---------------------------------------------------------------------------------
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Refuse terms without a weight, where they are declared and not hours later.
 
-    @abstractmethod
-    def loss_terms(self, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> dict[str, LossTerm]:
-        """Turn the two batches into named loss terms.
+        Raises:
+            TypeError: Naming the hyper-parameter that is missing.
+        """
+        super().__init_subclass__(**keywords)
+        cls.uses_unlabeled = bool(cls.views)
+        if cls.weight is not Method.weight:
+            return
+        weights = [name for name in cls.Parameters.__dataclass_fields__ if name.endswith("_weight")]
+        for term in (*cls.labeled_terms, *cls.unlabeled_terms):
+            # The terms of companions share their hyper-parameter with the network's: cross and cross_partner.
+            if not any(f"{term}_".startswith(name.removesuffix("weight")) for name in weights):
+                raise TypeError(
+                    f"{cls.__name__} has a loss term {term!r}; declare {term}_weight in {cls.Parameters.__name__}."
+                )
 
-        Called under autocast, once per step.
+    # ---- what a method implements, most of it by few ---------------------------------------------------------------
+
+    def build(self) -> None:
+        """Add companions and whatever else is needed, once the plan's network stands."""
+
+    def labeled_losses(self, labeled: Labeled, outputs: Sequence[Output]) -> Losses:
+        """The ``labeled_terms``, in both stages.
 
         Args:
-            labeled: ``data`` (B_l, C, *S) and ``target`` at full resolution, (B_l, 1, *S) or region channels, both on
-                the device, and ``keys``.
-            unlabeled: ``data`` (B_u, C, *(S + 2 unlabeled_margin)) on the device, ``weak`` like it where
-                ``wants_weak_view``, and ``keys``; None in stage 1 and for methods without it.
-
-        Returns:
-            A term per name of ``term_names``; one that is not computed in this stage may be left out. What
-            ``statistic_names`` announces goes into ``self.statistics``, numbers or scalar tensors. A method with
-            ``unlabeled_terms`` calls ``note_learned``; the weights of these terms are reduced by what comes of it.
+            labeled: On the device.
+            outputs: For it, of the plan's network and of every companion that predicts.
         """
+        return {}
 
-    def partner_plans(self) -> dict[str, Any] | None:
-        """Plans whose network is the method's second network; None for methods with one network."""
-        return None
+    def unlabeled_losses(self, labeled: Labeled, unlabeled: Unlabeled, outputs: Sequence[Output]) -> Losses:
+        """The ``unlabeled_terms``; called in stage 2 where one of them has a weight.
 
-    def view(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        Passes with gradient come before those without: autocast would keep the copies of weights that the latter make,
+        and these lead to no gradient.
+
+        Args:
+            labeled: On the device.
+            unlabeled: On the device; images exceed the network's patch by ``unlabeled_margin``.
+            outputs: For the labeled batch, of the plan's network and of every companion that predicts.
+        """
+        return {}
+
+    def weight(self, term: str) -> float:
+        """By how much a term counts now: its hyper-parameter, times the ramp for those that need more than labels."""
+        base: float = getattr(self.hp, f"{self._base_term(term)[0]}_weight")
+        return base * self.ramp if term in self.unlabeled_terms else base
+
+    def trains(self, term: str) -> tuple[str, ...]:
+        """The networks that a term's gradient reaches, asked after a step: companions by name, or "network"."""
+        return (self._base_term(term)[1],)
+
+    def wanted_views(self) -> tuple[str, ...]:
+        """Those of ``views`` that the hyper-parameters ask for."""
+        return self.views
+
+    def view(self, images: Tensor, generator: torch.Generator) -> View:
         """What the method makes of unlabeled images, to be looked at; called without gradient, under autocast.
 
         Args:
             images: As the unlabeled loader gives them, without augmentation, (B, C, *(S + 2 unlabeled_margin)).
             generator: For what is random.
-
-        Returns:
-            Label maps and boolean masks (B, *S) by name, in the order of the picture; "pseudo-labels" is watched from
-            epoch to epoch. "image" (B, C, *S) is shown instead of ``images``.
         """
-        return {PSEUDO_LABELS: label_map(quiet_pass(self.network, images), self.label_manager.has_regions)}
+        return View(self.label_map(quiet_pass(self.network, images)))
 
-    def after_step(self) -> None:  # noqa: B027 (few methods have something to do)
-        """Called after every optimizer step, for what follows the weights (averages, roles)."""
+    def memory(self) -> dict[str, Any]:
+        """What the method must remember across a stop besides its companions: tensors and plain values."""
+        return {}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what ``memory`` gave."""
+
+    @property
+    def unlabeled_margin(self) -> tuple[int, ...]:
+        """By how many voxels per axis and side an unlabeled patch exceeds the network's; a method may ask for some."""
+        return (0,) * len(self.configuration_manager.patch_size)
+
+    def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
+        """All losses of a step, under autocast; overridden where passes must be joined.
+
+        Args:
+            labeled: On the device.
+            unlabeled: On the device; None in stage 1 and for methods without views.
+        """
+        outputs = [network(labeled.images) for network in self.predictors]
+        losses = {
+            name: self.supervised_loss(output, labeled.target) for name, output in zip(self.supervised_terms, outputs)
+        }
+        losses |= self.labeled_losses(labeled, outputs)
+        if unlabeled is not None and any(self.weight(term) for term in self.unlabeled_terms):
+            losses |= self.unlabeled_losses(labeled, unlabeled, outputs)
+        return Step(losses, (outputs, labeled.target))
+
+    # ---- networks ---------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, companion: C) -> C:
+        """Let the training look after a further network; called in ``build``.
+
+        Args:
+            name: In checkpoints, in ``nnunet-ssl export --network``, and at the end of its loss terms' names.
+            companion: Returned as it is, once its module is on the device.
+
+        Raises:
+            ValueError: For a name that is taken.
+        """
+        if name in (NETWORK, *self.companions):
+            raise ValueError(f"There is a network {name!r} already.")
+        companion.place(self.device, self._do_i_compile(), self.is_ddp)
+        self.companions[name] = companion
+        return companion
+
+    def build_partner(self, plans: dict[str, Any] | None = None) -> Partner:
+        """A network like the plan's, with other initial weights.
+
+        Args:
+            plans: Others than the training's, with the same patch, channels and heads.
+        """
+        manager = self.plans_manager if plans is None else PlansManager(plans)
+        network = self.build_network_architecture(
+            manager,
+            manager.get_configuration(self.configuration_name),
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            self.enable_deep_supervision,
+        )
+        return Partner(network, manager.get_configuration(self.configuration_name).configuration["architecture"])
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The plan's network as plans describe it: what a copy of it, such as an averaged one, is exported with."""
+        return cast("dict[str, Any]", self.configuration_manager.configuration["architecture"])
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """The networks that the optimizer changes, the plan's first."""
+        return [self.network, *(c.module for c in self.companions.values() if c.trained)]
+
+    @property
+    def predictors(self) -> list[nn.Module]:
+        """The networks that learn from labels, the plan's first."""
+        return [self.network, *(c.module for c in self.companions.values() if c.predicts)]
+
+    @property
+    def supervised_terms(self) -> tuple[str, ...]:
+        """Names of the losses on labels of the ``predictors``."""
+        return (SUPERVISED, *(f"{SUPERVISED}_{name}" for name, c in self.companions.items() if c.predicts))
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """All loss terms, in the order of the log; known once the networks stand."""
+        return (*self.supervised_terms, *self.labeled_terms, *self.unlabeled_terms)
 
     # ---- state of the training ------------------------------------------------------------------------------------
 
     @property
     def switch_epoch(self) -> int:
         """The epoch at which stage 2 starts; 0 for methods without stages, which are in stage 2 throughout."""
-        return first_epoch_of_second_stage(self.num_epochs, getattr(self.hp, "supervised_fraction", 0.0))
+        fraction = self.hp.supervised_fraction if isinstance(self.hp, MethodParameters) else 0.0
+        return first_epoch_of_second_stage(self.num_epochs, fraction)
 
     @property
     def in_second_stage(self) -> bool:
@@ -111,53 +265,65 @@ class Method(ABC):
         return done / max(1, (last - first) * self.num_iterations_per_epoch)
 
     @property
+    def ramp(self) -> float:
+        """How far the weights of unlabeled terms have risen, in (0, 1]."""
+        full_at = self.hp.unlabeled_ramp if isinstance(self.hp, MethodParameters) else 0.0
+        return gaussian_ramp(self.stage_progress, full_at)
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether the channels are overlapping regions, rather than classes of which one holds."""
+        return bool(self.label_manager.has_regions)
+
+    @property
     def augments_slice_by_slice(self) -> bool:
         """Whether the patch is so anisotropic that nnU-Net augments its slices (axis 0) as 2D images."""
         patch_size = self.configuration_manager.patch_size
         return len(patch_size) == 3 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
 
     @property
-    def unlabeled_margin(self) -> tuple[int, ...]:
-        """By how many voxels per axis and side an unlabeled patch exceeds the network's; a method may ask for some."""
-        return (0,) * len(self.configuration_manager.patch_size)
-
-    @property
     def unlabeled_patch_size(self) -> tuple[int, ...]:
         """What the unlabeled loader gives, in voxels per axis."""
         return tuple(side + 2 * m for side, m in zip(self.configuration_manager.patch_size, self.unlabeled_margin))
 
-    @property
-    def wants_weak_view(self) -> bool:
-        """Whether the unlabeled loader also gives every patch without changes of its intensities."""
-        return getattr(self.hp, "weak_teacher", False)
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The plan's network, and the partner where there is one."""
-        return [self.network] if self.partner is None else [self.network, self.partner]
-
     # ---- tools for methods ------------------------------------------------------------------------------------------
+
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Tell a statistic of this step: a number or a scalar tensor.
+
+        Raises:
+            ValueError: For one that ``statistic_names`` lacks.
+        """
+        if name not in self.statistic_names:
+            raise ValueError(f"{type(self).__name__} notes {name!r}; declare it in statistic_names.")
+        self._statistics[name] = value
+
+    def overlap_counts(self, outputs: Sequence[Output], target: Tensor) -> Tensor:
+        """How well a labeled batch is known: counts (networks, 3, structures), see ``learned.overlap_counts``."""
+        ignore = self.label_manager.ignore_label
+        return torch.stack([overlap_counts(full_resolution(o), target, self.has_regions, ignore) for o in outputs])
 
     def autocast(self) -> AbstractContextManager[Any]:
         """As the stock trainer: on CUDA always; on the CPU bfloat16 where ``cpu_bfloat16`` asks for it."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda")
-        if self.device.type == "cpu" and self.hp.cpu_bfloat16:
-            return torch.autocast("cpu", dtype=torch.bfloat16)
-        return nullcontext()
+        return autocast(self.device, self.hp.cpu_bfloat16)
 
-    def note_learned(self, outputs: Sequence[Any], target: Tensor) -> None:
-        """Tell how well the labeled batch is known: unlabeled terms count only as far as every structure is.
+    def probabilities(self, outputs: Output) -> Tensor:
+        """Probabilities (B, K, *S) in float32: of classes, or of regions each."""
+        return predictions.probabilities(full_resolution(outputs), self.has_regions)
 
-        Args:
-            outputs: Of every network for the labeled batch, without those of other images.
-            target: As for ``supervised_loss``.
-        """
-        regions, ignore = self.label_manager.has_regions, self.label_manager.ignore_label
-        counts = [overlap_counts(full_resolution(o), target, regions, ignore) for o in outputs]
-        self.labeled_overlap = torch.stack(counts)
+    def log_probabilities(self, outputs: Output, temperature: float = 1.0) -> Tensor:
+        """Logarithms of probabilities in groups of exclusive classes (B, G, K', *S); see ``losses.predictions``."""
+        return predictions.log_probabilities(full_resolution(outputs), self.has_regions, temperature)
 
-    def supervised_loss(self, outputs: Any, target: Tensor, loss: nn.Module | None = None) -> Tensor:
+    def hard_labels(self, outputs: Output, like: Tensor) -> Tensor:
+        """What nnU-Net's loss takes as a target, of the type and channels of ``like``, without gradient."""
+        return predictions.hard_labels(full_resolution(outputs), like, self.has_regions)
+
+    def label_map(self, outputs: Output) -> Tensor:
+        """One label per voxel (B, *S), for pictures."""
+        return predictions.label_map(full_resolution(outputs), self.has_regions)
+
+    def supervised_loss(self, outputs: Output, target: Tensor, loss: nn.Module | None = None) -> Tensor:
         """The trainer's loss of the network's outputs against a target at full resolution.
 
         Args:
@@ -167,5 +333,11 @@ class Method(ABC):
         """
         loss = self.loss if loss is None else loss
         if not isinstance(outputs, (list, tuple)):
-            return loss(outputs, target)
-        return loss(outputs, downsample_target(target, [tuple(o.shape[2:]) for o in outputs]))
+            return cast(Tensor, loss(outputs, target))
+        shapes = [tuple(o.shape[2:]) for o in outputs]
+        return cast(Tensor, loss(outputs, predictions.downsample_target(target, shapes)))
+
+    def _base_term(self, term: str) -> tuple[str, str]:
+        """``cross_partner`` to ``cross`` and ``partner``; ``cross`` to itself and the plan's network."""
+        owners = [name for name in self.companions if term.endswith(f"_{name}")]
+        return (term.removesuffix(f"_{owners[0]}"), owners[0]) if owners else (term, NETWORK)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,17 +18,25 @@ from nnunet_ssl.data.loader import UnlabeledDataset
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.files import replace_atomically
 
-if TYPE_CHECKING:
-    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-
 NUM_WATCHED = 2
-# The name in a method's view whose stability from epoch to epoch is logged.
-PSEUDO_LABELS = "pseudo-labels"
-# The statistic that says how stable they are.
+# The statistic that says how stable pseudo-labels are.
 STABILITY = "stability"
-# Drawn instead of the patch itself, for methods that move images.
-IMAGE = "image"
 _SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a method makes of unlabeled images, to be looked at.
+
+    Attributes:
+        pseudo_labels: Label maps (B, *S); watched from epoch to epoch.
+        maps: Further label maps and boolean masks (B, *S) by name, in the order of the picture.
+        image: (B, C, *S), shown instead of the images, for methods that move them.
+    """
+
+    pseudo_labels: Tensor
+    maps: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    image: Tensor | None = None
 
 
 class Monitor:
@@ -38,6 +46,9 @@ class Monitor:
         cases: The unlabeled cases.
         patch_size: What the unlabeled loader gives, in voxels per axis; 2D patches are taken from the middle slice.
         previous_stage: What the second stage of a cascade sees besides the image.
+
+    Attributes:
+        images: The patches (B, C, *S), on the CPU.
     """
 
     def __init__(
@@ -45,42 +56,39 @@ class Monitor:
     ) -> None:
         dataset = UnlabeledDataset(cases)
         self.identifiers = dataset.identifiers[:NUM_WATCHED]
-        self._images = torch.stack([_center_patch(dataset.load_image(i), patch_size) for i in self.identifiers])
+        self.images = torch.stack([_center_patch(dataset.load_image(i), patch_size) for i in self.identifiers])
         if previous_stage is not None:
             labels = [_center_patch(previous_stage.load(i)[:][None], patch_size)[0] for i in self.identifiers]
             channels = torch.stack([previous_stage.one_hot(segmentation) for segmentation in labels])
-            self._images = torch.cat([self._images, channels], dim=1)
+            self.images = torch.cat([self.images, channels], dim=1)
         self._last: Tensor | None = None
 
-    def look(self, trainer: SemiSupervisedTrainer, picture: str | None = None) -> float:
-        """Let the trainer's method show what it makes of the patches.
+    @staticmethod
+    def generator(device: torch.device) -> torch.Generator:
+        """For what is random in a view: the same numbers at every look."""
+        return torch.Generator(device=device).manual_seed(_SEED)
 
-        Changes nothing in the training: no gradient, no random number of its generators, networks in evaluation mode
-        and without their wrappers, so that one rank can look alone.
-
-        Args:
-            trainer: Whose method is asked.
-            picture: PNG file to draw, if any.
+    def stability(self, view: View) -> float:
+        """How much of the pseudo-labels stayed since the last look.
 
         Returns:
-            The Dice coefficient of the pseudo-labels with those of the last look, mean over labels and patches; not a
-            number at the first look and where there is no foreground.
+            Their Dice coefficient with those of the last look, mean over labels and patches; not a number at the first
+            look and where there is no foreground.
         """
-        generator = torch.Generator(device=trainer.generator.device)
-        generator.manual_seed(_SEED)
-        with torch.no_grad(), trainer.autocast():
-            view = trainer.view(self._images.to(trainer.device), generator)
-        labels = view[PSEUDO_LABELS].cpu()
+        labels = view.pseudo_labels.cpu()
         stability = float("nan") if self._last is None else mean_dice(labels, self._last)
         self._last = labels
-        if picture is not None:
-            images = view.pop(IMAGE, self._images)
-            try:
-                replace_atomically(picture, lambda file: _draw(file, self.identifiers, images, view))
-            except OSError as error:
-                # A full disk must not end a training for a picture's sake.
-                trainer.print_to_log_file(f"WARNING: {picture} was not written: {error}")
         return stability
+
+    def draw(self, file: str, view: View) -> None:
+        """Draw a PNG file, a row per patch: the image, then every map; of volumes one slice.
+
+        Raises:
+            UserError: Where the file cannot be written.
+        """
+        images = self.images if view.image is None else view.image
+        maps = {**view.maps, "pseudo-labels": view.pseudo_labels}
+        replace_atomically(file, lambda temporary: _draw(temporary, self.identifiers, images, maps))
 
 
 def mean_dice(first: Tensor, second: Tensor) -> float:
@@ -106,20 +114,20 @@ def _center_patch(image: np.ndarray, patch_size: Sequence[int]) -> Tensor:
     return patch[:, 0] if len(patch_size) == 2 else patch
 
 
-def _draw(file: str, identifiers: Sequence[str], images: Tensor, view: Mapping[str, Tensor]) -> None:
-    """A row per patch: the image, then every map of the view; of volumes the slice with most foreground."""
-    columns = 1 + len(view)
+def _draw(file: str, identifiers: Sequence[str], images: Tensor, maps: Mapping[str, Tensor]) -> None:
+    """A row per patch: the image, then every map; of volumes the slice with most foreground."""
+    columns = 1 + len(maps)
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(identifiers)), dpi=100)
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(identifiers), columns, squeeze=False)
-    largest = max(1, int(view[PSEUDO_LABELS].max()))
+    largest = max(1, int(maps["pseudo-labels"].max()))
     for b, (identifier, row) in enumerate(zip(identifiers, grid)):
-        foreground = (view[PSEUDO_LABELS][b] > 0).float()
+        foreground = (maps["pseudo-labels"][b] > 0).float()
         index = int(foreground.flatten(1).sum(1).argmax()) if foreground.ndim == 3 else None
         shown = images[b, 0].float().cpu()
         row[0].imshow(shown if index is None else shown[index], cmap="gray")
         row[0].set_title(identifier, fontsize=8, parse_math=False)
-        for axes, (name, values) in zip(row[1:], view.items()):
+        for axes, (name, values) in zip(row[1:], maps.items()):
             plane = values[b].cpu() if index is None else values[b, index].cpu()
             is_mask = values.dtype == torch.bool
             axes.imshow(

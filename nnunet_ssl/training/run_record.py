@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -14,55 +14,46 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunet_ssl import __version__
 from nnunet_ssl.files import write_atomically
 
-if TYPE_CHECKING:
-    from nnunet_ssl.data.cases import UnlabeledCase
-    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-
 RECORD_FILE = "nnunet_ssl.json"
 
 
-def write_record(trainer: SemiSupervisedTrainer, unlabeled: list[UnlabeledCase]) -> None:
-    """Write the record when a training starts; the log says what differs from before where it goes on.
+def write_record(
+    folder: str, record: Mapping[str, Any], goes_on: bool = False, say: Callable[[str], object] = print
+) -> None:
+    """Write the record when a training starts, with the versions it runs with.
 
     Args:
-        trainer: Initialized.
-        unlabeled: The unlabeled cases it uses.
+        folder: nnU-Net's output folder of the fold.
+        record: "trainer", "device", "hyperparameters", "batch" ({"labeled": n, "unlabeled": n}), "labeled" and
+            "validation" (identifiers), and "unlabeled" (why each case counts as unlabeled, by identifier).
+        goes_on: Whether the training goes on from a checkpoint: then what differs from before is said.
+        say: Takes a warning.
     """
-    labeled, validation = trainer.do_split()
-    record = {
-        "trainer": type(trainer).__name__,
-        "versions": {"nnunet_ssl": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__},
-        "device": trainer.device.type,
-        "hyperparameters": trainer.hp.as_dict(),
-        "batch": {"labeled": trainer.batch_size, "unlabeled": trainer.unlabeled_batch_size},
-        "labeled": sorted(labeled),
-        "validation": sorted(validation),
-        "unlabeled": {case.identifier: case.source for case in unlabeled},
-    }
-    file = os.path.join(trainer.output_folder, RECORD_FILE)
-    if trainer.current_epoch > 0 and os.path.isfile(file):
+    file = os.path.join(folder, RECORD_FILE)
+    if goes_on and os.path.isfile(file):
         for change in _changes(load_json(file), record):
-            trainer.print_to_log_file(f"WARNING: this training goes on with {change}")
-    _write(trainer, record)
+            say(f"WARNING: this training goes on with {change}")
+    versions = {"nnunet_ssl": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
+    _write(file, {**record, "versions": versions})
 
 
-def note_validation(trainer: SemiSupervisedTrainer, checkpoint: str | None) -> None:
+def note_validation(folder: str, checkpoint: str | None) -> None:
     """Add which checkpoint the predictions in validation/ come from.
 
     Args:
-        trainer: Whose validation has just ended.
+        folder: nnU-Net's output folder of the fold.
         checkpoint: File name; None while a validation runs.
     """
-    file = os.path.join(trainer.output_folder, RECORD_FILE)
+    file = os.path.join(folder, RECORD_FILE)
     if os.path.isfile(file):
-        _write(trainer, {**load_json(file), "validated_with": checkpoint})
+        _write(file, {**load_json(file), "validated_with": checkpoint})
 
 
-def _write(trainer: SemiSupervisedTrainer, record: dict[str, Any]) -> None:
-    write_atomically(os.path.join(trainer.output_folder, RECORD_FILE), json.dumps(record, indent=2).encode())
+def _write(file: str, record: Mapping[str, Any]) -> None:
+    write_atomically(file, json.dumps(record, indent=2).encode())
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for kind in ("labeled", "unlabeled"):
         old, new = set(before[kind]), set(now[kind])
         if old != new:

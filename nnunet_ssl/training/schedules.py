@@ -7,6 +7,9 @@ import math
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch.optim import Optimizer
 
+# The key of an optimizer's group of parameters that says by what its learning rate differs from the plan's.
+LR_FACTOR = "lr_factor"
+
 
 def gaussian_ramp(fraction: float, full_at: float) -> float:
     """exp(-5 (1 - min(r / r_full, 1))^2): about 0.007 at the start, 1 from ``full_at`` on.
@@ -38,7 +41,8 @@ def first_epoch_of_second_stage(num_epochs: int, supervised_fraction: float) -> 
 class RestartingPolyLRScheduler(PolyLRScheduler):
     """nnU-Net's polynomial decay, run once before and once after the switch of stages.
 
-    With the switch at 0 or at the last epoch this is nnU-Net's own schedule.
+    With the switch at 0 or at the last epoch this is nnU-Net's own schedule. Groups of parameters keep their own factor
+    (``LR_FACTOR``), where nnU-Net's gives all of them one rate.
     """
 
     def __init__(self, optimizer: Optimizer, initial_lr: float, num_epochs: int, switch_epoch: int) -> None:
@@ -52,3 +56,5 @@ class RestartingPolyLRScheduler(PolyLRScheduler):
         second = epoch >= self.switch_epoch
         self.max_steps = self.num_epochs - self.switch_epoch if second else self.switch_epoch
         super().step(epoch - self.switch_epoch if second else epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get(LR_FACTOR, 1.0)

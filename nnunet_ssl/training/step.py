@@ -1,4 +1,4 @@
-"""From named loss terms to one optimizer step."""
+"""From named loss terms to one finished optimizer step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from nnunet_ssl.runtime.distributed import mean_over_ranks
 
 # The stock trainer's bound on the norm of a network's gradient.
 _GRADIENT_NORM = 12
@@ -21,11 +23,56 @@ class LossTerm(NamedTuple):
     weight: float
 
 
-def scaled(terms: Mapping[str, LossTerm], names: Sequence[str], factor: float) -> dict[str, LossTerm]:
-    """The terms, the weights of the named ones times a factor."""
-    return {
-        name: LossTerm(value, weight * factor if name in names else weight) for name, (value, weight) in terms.items()
-    }
+class Outcome(NamedTuple):
+    """What a step came to, on the host.
+
+    loss: the total on this rank; values: what was to be logged, in its order; counts: those of the labeled batch, mean
+    over ranks; is_finite: whether the step is taken by all ranks, but for overflows of float16; moved: whether weights
+    have changed.
+    """
+
+    loss: float
+    values: np.ndarray
+    counts: np.ndarray
+    is_finite: bool
+    moved: bool
+
+
+def finish_step(
+    terms: Mapping[str, LossTerm],
+    values: Sequence[Tensor | float],
+    counts: Tensor | None,
+    networks: Sequence[nn.Module],
+    optimizer: Optimizer,
+    grad_scaler: torch.amp.GradScaler | None,
+) -> Outcome:
+    """Gradients of the terms and a step of the optimizer; none where loss or gradient is not finite.
+
+    One transfer to the host for all values: a step waits for the device no more often than the stock trainer's.
+
+    Args:
+        terms: At least one; gradients must be cleared already.
+        values: Scalars to bring to the host.
+        counts: Of the labeled batch, of any shape; brought to the host as their mean over ranks.
+        networks: Whose parameters the optimizer holds; each is clipped by its own norm.
+        optimizer: Of all networks.
+        grad_scaler: Under float16 autocast.
+
+    Raises:
+        ValueError: If there is no term.
+    """
+    total = weighted_sum(terms)
+    norms = backward(total, networks, optimizer, grad_scaler)
+    told = total.new_zeros(0) if counts is None else counts.flatten()
+    shared = mean_over_ranks(torch.cat([total.detach().float().view(1), told.float()]))
+    numbers = on_host([*norms, total, *values, shared])
+    norms_here, (loss,), logged, (everywhere,), means = np.split(numbers, np.cumsum([len(norms), 1, len(values), 1]))
+    # Ranks agree on the steps they skip: they share these values.
+    is_finite = bool(np.isfinite(everywhere)) and not gradient_is_broken(norms_here, grad_scaler)
+    step(optimizer, grad_scaler, is_finite)
+    shape = (0,) if counts is None else tuple(counts.shape)
+    moved = is_finite and bool(np.isfinite(norms_here).all())
+    return Outcome(loss, logged, means.reshape(shape), is_finite, moved)
 
 
 def weighted_sum(terms: Mapping[str, LossTerm]) -> Tensor:
@@ -39,7 +86,7 @@ def weighted_sum(terms: Mapping[str, LossTerm]) -> Tensor:
         part = value if weight == 1.0 else weight * value
         total = part if total is None else total + part
     if total is None:
-        raise ValueError("loss_terms returned no term; at least one is needed.")
+        raise ValueError("The step of the method has no loss; at least one is needed.")
     return total
 
 
