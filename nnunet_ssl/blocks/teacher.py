@@ -17,9 +17,9 @@ class EMATeacher(Companion):
     """The exponential moving average of a network's weights.
 
     theta' <- alpha theta' + (1 - alpha) theta after every step that was taken, with alpha = min(1 - 1 / (t + 1), decay)
-    and t = 0 at the first: a plain mean to begin with, in which the initial weights do not count. Tarvainen and Valpola, "Mean
-    teachers are better role models" (NeurIPS 2017). Buffers (of BatchNorm) are copied, and it predicts in evaluation
-    mode. Every process of a training in several follows the same weights, so nothing is communicated.
+    and t = 0 at the first: a plain mean to begin with, in which the initial weights do not count. Tarvainen and
+    Valpola, "Mean teachers are better role models" (NeurIPS 2017). Buffers (of BatchNorm) are copied, and it predicts
+    in evaluation mode. Every process of a training in several follows the same weights, so nothing is communicated.
 
     Args:
         student: The network it follows, wrapped or not; no hook may be registered on it yet.

@@ -36,9 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     (results,) = require_variables("nnUNet_results")
     dataset = dataset_name(arguments.dataset)
     source = results / dataset / f"{arguments.trainer}__{arguments.plans}__{arguments.configuration}"
-    target = export_network(
-        source, arguments.folds, arguments.checkpoint, arguments.network, arguments.overwrite
-    )
+    target = export_network(source, arguments.folds, arguments.checkpoint, arguments.network, arguments.overwrite)
     print(f"Written to {target}; predict with")
     print(
         f"nnUNetv2_predict -d {dataset} -c {arguments.configuration} -p {arguments.plans} "

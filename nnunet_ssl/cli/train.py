@@ -11,9 +11,7 @@ All machines need the same three folders of nnU-Net. The plan's batch is shared 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
-from types import SimpleNamespace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train and validate in this process, together with the others."""
     import torch
-    from nnunetv2.run import load_pretrained_weights
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     from nnunet_ssl.errors import UserError
     from nnunet_ssl.nnunet.folders import dataset_name, read_plans, require_configurations, require_variables
-    from nnunet_ssl.nnunet.patching import replaced
+    from nnunet_ssl.nnunet.patching import pretrained_weights_on_cpu
     from nnunet_ssl.runtime.distributed import joined_processes
 
     _check_trainer(arguments.trainer)
@@ -59,11 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             name, arguments.configuration, fold, arguments.trainer, arguments.plans, arguments.continues, device
         )
         trainer.disable_checkpointing = arguments.disable_checkpointing
-        # nnU-Net would load pretrained weights to the GPU with the number of the process, which other machines lack.
-        load = functools.partial(torch.load, map_location="cpu", weights_only=False)
-        with replaced(
-            load_pretrained_weights, torch=SimpleNamespace(load=lambda file, **_: load(file), device=torch.device)
-        ):
+        with pretrained_weights_on_cpu():
             maybe_load_checkpoint(trainer, arguments.continues, arguments.val, arguments.pretrained_weights)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True

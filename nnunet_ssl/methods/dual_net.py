@@ -32,8 +32,8 @@ from nnunet_ssl.losses.agreement import (
     upper_threshold,
 )
 from nnunet_ssl.losses.contrastive import contrastive_loss
-from nnunet_ssl.losses.overlap import soft_dice_loss
-from nnunet_ssl.losses.predictions import likeliest, target_maps
+from nnunet_ssl.losses.overlap import foreground_dice_loss
+from nnunet_ssl.losses.predictions import likeliest
 from nnunet_ssl.nnunet.plans import with_partner_network
 from nnunet_ssl.runtime.distributed import mean_over_ranks
 from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
@@ -140,10 +140,8 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer[DualNetParameters]):
             logits: Of both networks, (B_l, K, *S).
             target: At full resolution.
         """
-        truth, mask = target_maps(target, logits[0].shape[1], self.has_regions, self.label_manager.ignore_label)
-        # Without the background, as in nnU-Net's Dice loss.
-        first = 0 if self.has_regions else min(1, truth.shape[1] - 1)
-        losses = [soft_dice_loss(self.probabilities(z)[:, first:], truth[:, first:], mask) for z in logits]
+        ignore = self.label_manager.ignore_label
+        losses = [foreground_dice_loss(z, target, self.has_regions, ignore) for z in logits]
         return int(mean_over_ranks(torch.stack(losses)).argmin().item())
 
     @torch.no_grad()

@@ -19,18 +19,23 @@ import dataclasses
 from typing import Any
 
 import torch
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.data.batches import Labeled, Unlabeled
+from nnunet_ssl.nnunet.loss import with_cross_entropy_share
 from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
 from nnunet_ssl.training.method import Step
 from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-from nnunet_ssl.transforms.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
-
-_SMALLEST_WEIGHT = 1e-9
+from nnunet_ssl.transforms.mixing import (
+    compose_pseudo_labels,
+    cutmix_boxes,
+    draw_shift,
+    mix,
+    room_for_shift,
+    shifted_crop,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,19 +98,11 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
 
     @property
     def unlabeled_margin(self) -> tuple[int, ...]:
-        """What the shifted crops need beyond the patch; nothing across the slices of anisotropic patches.
-
-        No more than the median image has beyond the patch: crops that hang over the border lose what they show there,
-        and networks that learn from such labels shrink structures.
-        """
+        """What the shifted crops need beyond the patch; nothing across the slices of anisotropic patches."""
         plan = self.configuration_manager
         shift = self.hp.shift if self.hp.dynamic_weight > 0 else 0.0
         fixed_axes = (0,) if self.augments_slice_by_slice else ()
-        room = [
-            max(0, int(whole - side) // 2) for whole, side in zip(plan.median_image_size_in_voxels, plan.patch_size)
-        ]
-        wanted = [0 if axis in fixed_axes else round(shift * side) for axis, side in enumerate(plan.patch_size)]
-        return tuple(map(min, wanted, room))
+        return room_for_shift(shift, plan.patch_size, plan.median_image_size_in_voxels, fixed_axes)
 
     def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
         """Both networks learn from labels, and each from the other's pseudo-labels."""
@@ -198,14 +195,7 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
         return unlabeled.roll(1, 0) if len(unlabeled) > 1 else labeled[:1]
 
     def _build_loss(self) -> nn.Module:
-        loss: nn.Module = super()._build_loss()
-        self.pseudo_label_loss = loss
+        self.pseudo_label_loss = super()._build_loss()
         if self.hp.cross_entropy_share is None:
-            return loss
-        weighted: Any = super()._build_loss()
-        parts = weighted.loss if isinstance(weighted, DeepSupervisionWrapper) else weighted
-        alpha = self.hp.cross_entropy_share
-        # Not 0: nnU-Net leaves a part of weight 0 out, and where no voxel is annotated the cross-entropy too; a loss
-        # without any part has no gradient.
-        parts.weight_ce, parts.weight_dice = alpha, max(1.0 - alpha, _SMALLEST_WEIGHT)
-        return weighted
+            return self.pseudo_label_loss
+        return with_cross_entropy_share(super()._build_loss(), self.hp.cross_entropy_share)

@@ -14,6 +14,7 @@ learned.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar, cast
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -26,17 +27,9 @@ from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
 from nnunet_ssl.training.method import Step
 from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-from nnunet_ssl.transforms.alignment import (
-    SolverGrid,
-    align_displacements,
-    inside_mask,
-    solver_grid,
-    without_margin,
-)
-from nnunet_ssl.transforms.displacement import sample_displacement, warp
-
-# Enough fields to say their strength to a few percent, few enough to cost nothing.
-_NUM_FIELDS_SAID = 16
+from nnunet_ssl.transforms.alignment import inside_mask, without_margin
+from nnunet_ssl.transforms.displacement import Interpolation, warp
+from nnunet_ssl.transforms.elastic import ElasticTransforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,28 +62,24 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer[SemiTCParameters]):
 
     Parameters = SemiTCParameters
     unlabeled_terms = ("consistency",)
-    views = ()
+    views: ClassVar[tuple[str, ...]] = ()
+
+    def build(self) -> None:
+        """The transforms of both branches."""
+        hp, fixed_axes = self.hp, (0,) if self.augments_slice_by_slice else ()
+        self.fields = ElasticTransforms(hp.smoothness, hp.displacement_std, hp.identity_probability, fixed_axes)
 
     def on_train_start(self) -> None:
-        """Start, and say what the transforms are in voxels: fields that could fold are scaled down."""
+        """Start, and say what the transforms are in voxels."""
         super().on_train_start()
-        asked = [self.hp.displacement_std * side for side in self.configuration_manager.patch_size]
-        # A generator of its own, so that a resumed training draws what the interrupted one would have drawn.
-        sample = self._sample(_NUM_FIELDS_SAID, tuple(self.configuration_manager.patch_size), torch.Generator())
-        reached = sample.std(dim=[0, *range(2, sample.ndim)]).tolist()
-        moved = [axis for axis in range(len(asked)) if reached[axis] > 0]
-        self.print_to_log_file(
-            f"Elastic transforms: displacement of {', '.join(f'{reached[a]:.2f}' for a in moved) or '0'} voxels "
-            f"(standard deviation per axis; {', '.join(f'{asked[a]:.2f}' for a in moved) or '0'} asked for, less where "
-            f"fields are scaled down so that they cannot fold)"
-        )
+        self.print_to_log_file(self.fields.describe(tuple(self.configuration_manager.patch_size)))
 
     def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
         """S on both branches, and in stage 2 lambda C over labeled and unlabeled examples alike."""
         num_labeled = len(labeled.images)
         data = labeled.images if unlabeled is None else torch.cat([labeled.images, unlabeled.strong])
-        u1, u2 = self.draw_displacement(data), self.draw_displacement(data)
-        margin = self.grid(tuple(data.shape[2:])).margin
+        u1, u2 = self.fields.draw(data, self.generator), self.fields.draw(data, self.generator)
+        margin = self.fields.grid(tuple(data.shape[2:])).margin
         t1, t2 = without_margin(u1, margin), without_margin(u2, margin)
         outputs = self.network(torch.cat([self.warp_input(data, t1), self.warp_input(data, t2)]))
         branch_1, branch_2 = split_outputs(outputs, len(data))
@@ -106,11 +95,11 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer[SemiTCParameters]):
     def view(self, images: Tensor, generator: torch.Generator) -> View:
         """Both branches' labels in the frame of branch 2, where they disagree, and where they can be compared."""
         shape = tuple(images.shape[2:])
-        u1, u2 = (self._sample(len(images), shape, generator).to(images.device) for _ in range(2))
-        margin = self.grid(shape).margin
+        u1, u2 = (self.fields.sample(len(images), shape, generator).to(images.device) for _ in range(2))
+        margin = self.fields.grid(shape).margin
         warped = [self.warp_input(images, without_margin(u, margin)) for u in (u1, u2)]
         labels_1, branch_2 = (self.label_map(quiet_pass(self.network, image)) for image in warped)
-        alignment = align_displacements(u1, u2, grid=self.grid(shape))
+        alignment = self.fields.align(u1, u2, shape)
         aligned, compared = warp(labels_1[:, None], alignment, "nearest")[:, 0], inside_mask(alignment)[:, 0]
         maps = {
             "branch 1, aligned": aligned,
@@ -128,13 +117,6 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer[SemiTCParameters]):
         image, labels = data.tensor_split([data.shape[1] - num_labels], dim=1)
         return torch.cat([warp(image, displacement), warp(labels, displacement, "nearest")], dim=1)
 
-    def draw_displacement(self, data: Tensor) -> Tensor:
-        """One branch's transforms of a batch (B, C, *S): displacements in voxels, with the margin of ``grid``."""
-        displacement = self._sample(len(data), tuple(data.shape[2:]), self.generator).to(data.device)
-        moved = torch.rand(len(data), generator=self.generator, device=self.generator.device)
-        moved = (moved >= self.hp.identity_probability).to(data.device)
-        return displacement * moved.view(-1, *[1] * (displacement.ndim - 1))
-
     def consistency(self, logits_1: Tensor, logits_2: Tensor, u1: Tensor, u2: Tensor) -> Tensor:
         """C: soft IoU loss between prediction 1, brought into the frame of branch 2, and prediction 2.
 
@@ -144,34 +126,15 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer[SemiTCParameters]):
         Args:
             logits_1: (B, K, *S), of the images warped by u1.
             logits_2: (B, K, *S), of the images warped by u2.
-            u1: (B, D, *(S + 2 margin)), in voxels, with the margin of ``grid``.
+            u1: (B, D, *(S + 2 margin)), in voxels, with the margin of ``fields.grid``.
             u2: Of the same shape.
         """
         regions = self.has_regions
         p1, p2 = self.probabilities(logits_1), self.probabilities(logits_2)
-        alignment = align_displacements(u1, u2, grid=self.grid(tuple(logits_1.shape[2:])))
-        aligned, mask = warp(p1, alignment, self.hp.interpolation), inside_mask(alignment)
+        alignment = self.fields.align(u1, u2, tuple(logits_1.shape[2:]))
+        aligned, mask = warp(p1, alignment, cast(Interpolation, self.hp.interpolation)), inside_mask(alignment)
         found = found_classes(aligned, regions, mask) | found_classes(p2, regions, mask)
         return soft_iou_loss(aligned, p2, mask, found)
-
-    def grid(self, spatial_shape: tuple[int, ...]) -> SolverGrid:
-        """How far fields reach beyond a patch, and where their alignment is solved."""
-        return solver_grid(spatial_shape, self.hp.smoothness, self._fixed_axes)
-
-    @property
-    def _fixed_axes(self) -> tuple[int, ...]:
-        return (0,) if self.augments_slice_by_slice else ()
-
-    def _sample(self, batch_size: int, spatial_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return sample_displacement(
-            batch_size,
-            spatial_shape,
-            smoothness=self.hp.smoothness,
-            displacement_std=self.hp.displacement_std,
-            generator=generator,
-            fixed_axes=self._fixed_axes,
-            margin=self.grid(spatial_shape).margin,
-        )
 
     def _build_loss(self) -> torch.nn.Module:
         loss = super()._build_loss()

@@ -132,9 +132,9 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
             counts = self.overlap_counts(*made.known) if self.unlabeled_terms else None
         terms = self._weighted(made.losses)
         names = self.logger.local_logger.step_names
-        told = {TermLogger.weight(name): terms[name].weight for name in self.unlabeled_terms if name in terms}
-        told = {**self._statistics, **{name: term.value for name, term in terms.items()}, **told}
-        values: list[Tensor | float] = [told.get(name, float("nan")) for name in names]
+        told = {**self._statistics, **{name: term.value for name, term in terms.items()}}
+        told |= {TermLogger.weight(name): terms[name].weight for name in self.unlabeled_terms if name in terms}
+        values = [told.get(name, float("nan")) for name in names]
         outcome = finish_step(terms, values, counts, self.trained, self.optimizer, self.grad_scaler)
         if outcome.is_finite and counts is not None:
             self.learned.note(outcome.counts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from nnunetv2.paths import nnUNet_raw
@@ -21,8 +21,8 @@ from nnunet_ssl.training.configured import ConfiguredTrainer
 class TwoLoaderTrainer(ConfiguredTrainer):
     """Finds the unlabeled cases, shares the plan's batch and loads both parts; what is wanted, ``Method`` says."""
 
-    uses_unlabeled: bool
-    transductive: bool
+    uses_unlabeled: ClassVar[bool]
+    transductive: ClassVar[bool]
     switch_epoch: Any
     in_second_stage: Any
     unlabeled_patch_size: Any
@@ -120,15 +120,15 @@ class TwoLoaderTrainer(ConfiguredTrainer):
             timeout=self.hp.loader_timeout,
         )
 
-    def findunlabeled_cases(self) -> list[UnlabeledCase]:
-        """The unlabeled cases of this training; see ``data.cases.findunlabeled_cases``."""
+    def find_unlabeled_cases(self) -> list[UnlabeledCase]:
+        """The unlabeled cases of this training; see ``data.cases.find_unlabeled_cases``."""
         folder = self.preprocessed_dataset_folder
         raw = os.path.join(nnUNet_raw.get(), self.plans_manager.dataset_name) if nnUNet_raw.is_set() else None
         settings = preprocessing_settings(self.plans_manager, self.configuration_name)
         train, val = self.do_split()
         split = {"train": train, "val": val, "unlabeled": hidden_cases(folder, self.fold)}
         partly = cases_with_ignored_voxels(self.dataset_class(folder, train), self.label_manager.ignore_label)
-        cases, notes = findunlabeled_cases(folder, raw, settings, split, self.transductive, partly)
+        cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive, partly)
         for note in notes:
             self.print_to_log_file(note)
         stage = self.previous_stage

@@ -8,6 +8,25 @@ import torch
 from torch import Tensor
 
 
+def room_for_shift(
+    shift: float, patch_size: Sequence[int], image_size: Sequence[float], fixed_axes: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """How far a crop may lie off the center, in voxels per axis.
+
+    No more than the image has beyond the patch: crops that hang over the border lose what they show there, and networks
+    that learn from such labels shrink structures.
+
+    Args:
+        shift: Wanted, as a fraction of the patch side.
+        patch_size: In voxels.
+        image_size: Of an ordinary image, in voxels.
+        fixed_axes: Along which nothing is shifted.
+    """
+    room = [max(0, int(whole - side) // 2) for whole, side in zip(image_size, patch_size)]
+    wanted = [0 if axis in fixed_axes else round(shift * side) for axis, side in enumerate(patch_size)]
+    return tuple(map(min, wanted, room))
+
+
 def draw_shift(margin: Sequence[int], generator: torch.Generator | None = None) -> tuple[int, ...]:
     """One of the diagonal directions: by the margin or by minus the margin along each axis, in voxels."""
     device = None if generator is None else generator.device
