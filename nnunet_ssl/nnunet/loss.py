@@ -7,8 +7,8 @@ from typing import Any
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 
-# Not 0: nnU-Net leaves a part of weight 0 out, and where no voxel is annotated the cross-entropy too; a loss without any
-# part has no gradient.
+# Not 0: nnU-Net leaves a part of weight 0 out, and where no voxel is annotated the cross-entropy too; a loss without
+# any part has no gradient.
 _SMALLEST_WEIGHT = 1e-9
 
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer
 import torch
 from nnunetv2.run import load_pretrained_weights
-from nnunetv2.training import nnUNetTrainer as _package
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def ddp_wrapper(wrap: Callable[..., Any]) -> Iterator[None]:
 
     It takes a process's rank for the number of its GPU, which holds on one machine only, and knows no CPU here.
     """
-    with _replaced(_package.nnUNetTrainer, DDP=wrap):
+    with _replaced(nnunetv2.training.nnUNetTrainer.nnUNetTrainer, DDP=wrap):
         yield
 
 
@@ -33,7 +33,7 @@ def background_workers(augmenter: Callable[..., Any]) -> Iterator[None]:
 
     That one waits forever for workers that hang.
     """
-    with _replaced(_package.nnUNetTrainer, NonDetMultiThreadedAugmenter=augmenter):
+    with _replaced(nnunetv2.training.nnUNetTrainer.nnUNetTrainer, NonDetMultiThreadedAugmenter=augmenter):
         yield
 
 

@@ -59,8 +59,8 @@ def check_layout(filename: str, state: Mapping[str, Any]) -> None:
     if COMPANIONS not in state:
         raise UserError(
             f"{filename} was written by nnunet-ssl {state['version']}, which saved second networks otherwise. "
-            f"Continue, validate and export it with that version (pip install nnunet-ssl=={state['version']}). nnUNetv2_predict "
-            f"uses the model as it is, with any version and with none."
+            f"Continue, validate and export it with that version (pip install nnunet-ssl=={state['version']}). "
+            f"nnUNetv2_predict uses the model as it is, with any version and with none."
         )
 
 
