@@ -34,7 +34,7 @@ from nnunet_ssl.losses.overlap import soft_dice_loss
 from nnunet_ssl.losses.predictions import label_map, likeliest, log_probabilities, probabilities, target_maps
 from nnunet_ssl.nnunet.plans import with_partner_network
 from nnunet_ssl.runtime.distributed import mean_over_ranks
-from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
+from nnunet_ssl.training.hyperparameters import HyperParameters, MethodParameters, parameter
 from nnunet_ssl.training.monitor import PSEUDO_LABELS
 from nnunet_ssl.training.schedules import gaussian_ramp
 from nnunet_ssl.training.step import LossTerm
@@ -42,7 +42,7 @@ from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 
 @dataclasses.dataclass(frozen=True)
-class DualNetworkParameters(SemiSupervisedParameters):
+class DualNetworkParameters(MethodParameters):
     """Hyper-parameters of the dual networks."""
 
     supervised_fraction: float = parameter(
@@ -71,7 +71,7 @@ class DualNetworkParameters(SemiSupervisedParameters):
 class nnUNetTrainerDualNet(SemiSupervisedTrainer):
     """The plan's network and its residual partner; at each step, the better one teaches the other."""
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = DualNetworkParameters
+    Parameters: ClassVar[type[HyperParameters]] = DualNetworkParameters
     unlabeled_terms: ClassVar[tuple[str, ...]] = ("pseudo_label", "consistency", "uncertainty", "contrastive")
     term_names: ClassVar[tuple[str, ...]] = ("supervised", "supervised_partner", *unlabeled_terms)
     statistic_names: ClassVar[tuple[str, ...]] = ("network_teaches", "reliable")

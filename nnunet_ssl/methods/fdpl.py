@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.losses.predictions import hard_labels, label_map
-from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
+from nnunet_ssl.training.hyperparameters import HyperParameters, MethodParameters, parameter
 from nnunet_ssl.training.monitor import IMAGE, PSEUDO_LABELS
 from nnunet_ssl.training.schedules import gaussian_ramp
 from nnunet_ssl.training.step import LossTerm
@@ -36,7 +36,7 @@ _SMALLEST_WEIGHT = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedDynamicParameters(SemiSupervisedParameters):
+class FixedDynamicParameters(MethodParameters):
     """Hyper-parameters of co-training with fixed and dynamic pseudo-labels."""
 
     supervised_fraction: float = parameter(
@@ -74,7 +74,7 @@ class FixedDynamicParameters(SemiSupervisedParameters):
 class nnUNetTrainerFDPL(SemiSupervisedTrainer):
     """Two networks of the plan's architecture, each taught by the other's pseudo-labels of two crops."""
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = FixedDynamicParameters
+    Parameters: ClassVar[type[HyperParameters]] = FixedDynamicParameters
     unlabeled_terms: ClassVar[tuple[str, ...]] = ("fixed", "fixed_partner", "dynamic", "dynamic_partner")
     term_names: ClassVar[tuple[str, ...]] = ("supervised", "supervised_partner", *unlabeled_terms)
     statistic_names: ClassVar[tuple[str, ...]] = ("agreement", "redecided")

@@ -23,7 +23,7 @@ from torch import Tensor
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.losses.overlap import SoftIoULoss, found_classes, soft_iou_loss
 from nnunet_ssl.losses.predictions import label_map, probabilities
-from nnunet_ssl.training.hyperparameters import HyperParameters, SemiSupervisedParameters, parameter
+from nnunet_ssl.training.hyperparameters import HyperParameters, MethodParameters, parameter
 from nnunet_ssl.training.monitor import IMAGE, PSEUDO_LABELS
 from nnunet_ssl.training.schedules import gaussian_ramp
 from nnunet_ssl.training.step import LossTerm
@@ -36,16 +36,13 @@ _NUM_FIELDS_SAID = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformationConsistencyParameters(SemiSupervisedParameters):
+class TransformationConsistencyParameters(MethodParameters):
     """Hyper-parameters of the elastic-equivariance Siamese network."""
 
     supervised_fraction: float = parameter(
         0.5, "fraction of the epochs trained on labels alone, before the consistency term", minimum=0.0, maximum=1.0
     )
     consistency_weight: float = parameter(1.0, "weight lambda of the consistency term", minimum=0.0)
-    consistency_ramp: float = parameter(
-        0.0, "fraction of stage 2 over which the weight rises from 0; 0 for at once", minimum=0.0, maximum=1.0
-    )
     smoothness: float = parameter(
         0.1, "sigma of the Gaussian that smooths the displacement", "fraction of the patch side", minimum=0.01
     )
@@ -66,7 +63,7 @@ class TransformationConsistencyParameters(SemiSupervisedParameters):
 class nnUNetTrainerSupTC(SemiSupervisedTrainer):
     """Supervised training with the consistency term on the labeled cases."""
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = TransformationConsistencyParameters
+    Parameters: ClassVar[type[HyperParameters]] = TransformationConsistencyParameters
     unlabeled_terms: ClassVar[tuple[str, ...]] = ("consistency",)
     term_names: ClassVar[tuple[str, ...]] = ("supervised", *unlabeled_terms)
 
@@ -102,7 +99,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         self.note_learned(on_labels[:1], targets[0])
         terms = {"supervised": LossTerm((losses[0] + losses[1]) / 2, 1.0)}
         if self.in_second_stage:
-            weight = self.hp.consistency_weight * gaussian_ramp(self.stage_progress, self.hp.consistency_ramp)
+            weight = self.hp.consistency_weight * gaussian_ramp(self.stage_progress, self.hp.unlabeled_ramp)
             consistency = self.consistency(full_resolution(branch_1), full_resolution(branch_2), u1, u2)
             terms["consistency"] = LossTerm(consistency, weight)
         return terms

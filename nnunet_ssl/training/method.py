@@ -23,13 +23,13 @@ from nnunet_ssl.training.step import LossTerm
 class Method(ABC):
     """A semi-supervised method. ``SemiSupervisedTrainer`` brings the training, a deriving class the losses.
 
-    A method sets ``hyperparameters_class``; ``term_names``, the loss terms it returns, in the order of the log;
+    A method sets ``Parameters``; ``term_names``, the loss terms it returns, in the order of the log;
     ``unlabeled_terms``, those that need more than labels; ``statistic_names``, what else it tells about a step;
     ``uses_unlabeled``, whether it needs the second loader; ``transductive``, whether it learns from validation and test
     images too.
     """
 
-    hyperparameters_class: ClassVar[type[HyperParameters]] = HyperParameters
+    Parameters: ClassVar[type[HyperParameters]] = HyperParameters
     term_names: ClassVar[tuple[str, ...]] = ("supervised",)
     unlabeled_terms: ClassVar[tuple[str, ...]] = ()
     statistic_names: ClassVar[tuple[str, ...]] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from nnunet_ssl.nnunet.trainers_folder import check_found_through_trainers_folde
 from nnunet_ssl.runtime.cpu import prepare_cpu
 from nnunet_ssl.runtime.distributed import data_parallel, device_of_process, mean_over_ranks
 from nnunet_ssl.training.checkpoint import read_state, restore_random_state, write_checkpoint
+from nnunet_ssl.training.hyperparameters import method_name
 from nnunet_ssl.training.learned import LearnedStructures, names_of_channels
 from nnunet_ssl.training.logger import TermLogger
 from nnunet_ssl.training.method import Method
@@ -81,8 +82,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         plans_file = f"{plans.get('plans_name')}.json"
         check_configuration(plans, configuration, plans_file)
         check_dataset_json(dataset_json, "dataset.json")
-        self.hp = self._read_hyperparameters(plans)
-        check_mirror_axes(self.hp, PlansManager(plans).get_configuration(configuration).patch_size)
+        self.hp = self.read_hyperparameters(plans)
+        check_mirror_axes(self.hp.mirror_axes, PlansManager(plans).get_configuration(configuration).patch_size)
         self._files = f"{plans_file} or dataset.json"
         with using(self._files):
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -163,7 +164,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Augmentation:  # noqa: N802
         """nnU-Net's choices, with rotation range and mirroring axes as the hyper-parameters say."""
         stock = Augmentation(*super().configure_rotation_dummyDA_mirroring_and_inital_patch_size())
-        self._augmentation = adjust(stock, self.hp, self.configuration_manager.patch_size)
+        hp, patch_size = self.hp, self.configuration_manager.patch_size
+        self._augmentation = adjust(stock, hp.rotation_degrees, hp.mirror_axes, patch_size)
         self.inference_allowed_mirroring_axes = self._augmentation.mirror_axes
         warning = warning_about_sides(self.dataset_json["labels"], self._augmentation)
         if warning:
@@ -387,7 +389,12 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         return cases
 
     @classmethod
-    def _read_hyperparameters(cls, plans: dict[str, Any]) -> Any:
-        from nnunet_ssl.methods import TRAINERS  # the table imports the methods, which import this module
+    def blocks(cls) -> tuple[str, ...]:
+        """Whose hyper-parameters this trainer reads: its base trainers' first, so that its own win."""
+        bases = (kind for kind in reversed(cls.__mro__) if issubclass(kind, SemiSupervisedTrainer))
+        return tuple(method_name(kind) for kind in bases if kind is not SemiSupervisedTrainer)
 
-        return cls.hyperparameters_class.from_plans(plans, [t.hyperparameters_class for t in TRAINERS])
+    @classmethod
+    def read_hyperparameters(cls, plans: Mapping[str, Any]) -> Any:
+        """What the plans say, checked, and defaults for the rest."""
+        return cls.Parameters.from_plans(plans, cls.blocks())
