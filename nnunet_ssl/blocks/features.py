@@ -29,7 +29,7 @@ class FeatureTap:
             raise UserError(
                 f"The contrastive term needs the features before the segmentation head, which were not found in "
                 f"{type(bare(network)).__name__}; expected decoder.seg_layers as in nnU-Net's U-Nets. Switch the term "
-                f"off with contrastive_weight=0, or use another network."
+                f"off with DualNet.contrastive_weight=0, or use another network."
             )
         self._network = network
         self._wanted = False

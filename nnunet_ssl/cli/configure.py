@@ -7,8 +7,13 @@ with. Use the same plans file for all trainers of a comparison.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import sys
+from collections.abc import Mapping
 from typing import Any
+
+from nnunet_ssl.cli.trainers import built_in_methods, known_methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         dest="settings",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
-        help="a hyper-parameter; values as in JSON, e.g. num_epochs=20, mirror_axes=[], interpolation=nearest. "
+        help="hyper-parameters; values as in JSON, e.g. num_epochs=20 mirror_axes=[] SemiTC.interpolation=nearest. "
         "'nnunet-ssl trainers TRAINER' lists them",
     )
     parser.add_argument("-c", dest="configuration", metavar="CONFIGURATION", help="whose network to change")
@@ -48,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunet_ssl.files import write_atomically
     from nnunet_ssl.nnunet.checks import using
     from nnunet_ssl.nnunet.folders import dataset_name, read_plans, require_configurations, require_variables
-    from nnunet_ssl.nnunet.plans import shrink, with_hyperparameters, with_partner_network
+    from nnunet_ssl.nnunet.plans import PLANS_KEY, shrink, with_hyperparameters, with_partner_network
 
     (preprocessed,) = require_variables("nnUNet_preprocessed")
     name = dataset_name(arguments.dataset)
@@ -58,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     plans = with_hyperparameters(
         read_plans(preprocessed / name, arguments.plans), arguments.output, parse_settings(arguments.settings)
     )
+    for warning in check_hyperparameters(plans[PLANS_KEY]):
+        print(f"WARNING: {warning}", file=sys.stderr)
     sizes = (arguments.patch_size, arguments.batch_size, arguments.base_features, arguments.max_features)
     smaller = arguments.downscale != 1 or any(size is not None for size in sizes)
     if arguments.configuration is not None:
@@ -88,23 +96,55 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """``["num_epochs=20", "interpolation=nearest"]`` to checked names and values.
+    """``["num_epochs=20", "SemiTC.interpolation=nearest"]`` to names and values, as they stand in plans.
 
     Raises:
-        UserError: For a setting without "=", an unknown name or an ill-typed value.
+        UserError: For a setting without a name or "=".
     """
     from nnunet_ssl.errors import UserError
-    from nnunet_ssl.methods import TRAINERS
-    from nnunet_ssl.training.hyperparameters import PLANS_KEY, HyperParameters
+    from nnunet_ssl.nnunet.plans import merged
 
     values: dict[str, Any] = {}
     for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting!r}: expected NAME=VALUE.")
+        place, equals, text = setting.partition("=")
+        *block, name = place.strip().split(".")
+        if not equals or not name or len(block) > 1 or "" in block:
+            raise UserError(f"--set {setting!r}: expected NAME=VALUE or METHOD.NAME=VALUE.")
         try:
-            values[name.strip()] = json.loads(text)
+            value = json.loads(text)
         except ValueError:
-            values[name.strip()] = text
-    HyperParameters.from_plans({PLANS_KEY: values}, [t.hyperparameters_class for t in TRAINERS])
+            value = text
+        values = merged(values, {block[0]: {name: value}} if block else {name: value})
     return values
+
+
+def check_hyperparameters(table: Mapping[str, Any]) -> list[str]:
+    """Check what the block "ssl" of plans says to every method that it names.
+
+    Returns:
+        Warnings about methods that are not known here.
+
+    Raises:
+        UserError: For a name that nobody knows, an ill-typed value or one out of range.
+    """
+    from nnunet_ssl.nnunet.plans import PLANS_KEY
+    from nnunet_ssl.training.hyperparameters import SHARED, MethodParameters
+
+    known = built_in_methods()
+    # Objects are methods; whatever has a method's name should be one.
+    named = [name for name, value in table.items() if isinstance(value, Mapping) and name not in SHARED]
+    if not known.keys() >= set(named):
+        known = known_methods()
+    for name in filter(known.__contains__, table):
+        known[name].read_hyperparameters({PLANS_KEY: table})
+    MethodParameters.from_plans({PLANS_KEY: table})
+    return [_about_unknown(name, known) for name in named if name not in known]
+
+
+def _about_unknown(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return (
+        f"no method is called {name}.{hint} Its hyper-parameters are written as they are, unchecked. Known are "
+        f"{', '.join(known)}; those of other people in the folders that nnUNet_extTrainer names."
+    )

@@ -10,7 +10,6 @@ import numpy as np
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.training.hyperparameters import HyperParameters
 
 # nnU-Net enlarges the patch it cuts out by these, whatever range it scales by.
 _NNUNET_SCALE_RANGE = (0.85, 1.25)
@@ -31,35 +30,41 @@ class Augmentation(NamedTuple):
     mirror_axes: tuple[int, ...] | None
 
 
-def check_mirror_axes(hp: HyperParameters, patch_size: Sequence[int]) -> None:
+def check_mirror_axes(mirror_axes: Sequence[int] | None, patch_size: Sequence[int]) -> None:
     """Refuse mirroring axes that the patch does not have, or that are named twice.
 
     Raises:
         UserError: Naming the axes there are.
     """
-    axes = hp.mirror_axes or ()
+    axes = mirror_axes or ()
     if len(set(axes)) < len(axes) or any(axis >= len(patch_size) for axis in axes):
         raise UserError(
             f"mirror_axes is {list(axes)}; expected some of the patch's axes {list(range(len(patch_size)))}, each once."
         )
 
 
-def adjust(stock: Augmentation, hp: HyperParameters, patch_size: Sequence[int]) -> Augmentation:
-    """Replace rotation range and mirroring axes by those of the hyper-parameters, where they are set.
+def adjust(
+    stock: Augmentation,
+    rotation_degrees: float | None,
+    mirror_axes: tuple[int, ...] | None,
+    patch_size: Sequence[int],
+) -> Augmentation:
+    """Replace rotation range and mirroring axes, where they are given.
 
     Args:
         stock: nnU-Net's choices.
-        hp: Hyper-parameters.
+        rotation_degrees: Largest rotation to either side.
+        mirror_axes: Spatial axes; () for no mirroring.
         patch_size: In voxels.
     """
     adjusted = stock
-    if hp.rotation_degrees is not None:
-        angle = float(np.deg2rad(hp.rotation_degrees))
+    if rotation_degrees is not None:
+        angle = float(np.deg2rad(rotation_degrees))
         size = initial_patch_size(patch_size, (-angle, angle), stock.slice_by_slice)
         adjusted = adjusted._replace(rotation=(-angle, angle), initial_patch_size=size)
-    if hp.mirror_axes is not None:
+    if mirror_axes is not None:
         # nnU-Net's predictor takes None, not an empty list, for "no mirroring".
-        adjusted = adjusted._replace(mirror_axes=hp.mirror_axes or None)
+        adjusted = adjusted._replace(mirror_axes=mirror_axes or None)
     return adjusted
 
 

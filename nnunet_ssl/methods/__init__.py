@@ -1,4 +1,4 @@
-"""One method, one file; this is the table of them, and the only place where a trainer is registered."""
+"""One method, one file; this is the table of them, and the one place where a method is registered."""
 
 from nnunet_ssl.methods.dual_net import nnUNetTrainerDualNet
 from nnunet_ssl.methods.fdpl import nnUNetTrainerFDPL
@@ -14,3 +14,6 @@ TRAINERS: tuple[type[SemiSupervisedTrainer], ...] = (
     nnUNetTrainerDualNet,
     nnUNetTrainerFDPL,
 )
+
+# What the folder trainers/ exports to nnU-Net: the trainers of the table and nothing else.
+__all__ = [trainer.__name__ for trainer in TRAINERS]

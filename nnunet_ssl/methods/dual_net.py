@@ -36,7 +36,7 @@ from nnunet_ssl.losses.overlap import foreground_dice_loss
 from nnunet_ssl.losses.predictions import likeliest
 from nnunet_ssl.nnunet.plans import with_partner_network
 from nnunet_ssl.runtime.distributed import mean_over_ranks
-from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
+from nnunet_ssl.training.hyperparameters import MethodParameters, other_default, parameter
 from nnunet_ssl.training.method import Losses, Output
 from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
@@ -46,12 +46,8 @@ from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 class DualNetParameters(MethodParameters):
     """Hyper-parameters of the dual networks."""
 
-    supervised_fraction: float = parameter(
-        0.25, "fraction of the epochs trained on labels alone, before the other terms", minimum=0.0, maximum=1.0
-    )
-    unlabeled_ramp: float = parameter(
-        0.4, "fraction of stage 2 over which the weights of all terms but the supervised rise", minimum=0.0, maximum=1.0
-    )
+    supervised_fraction: float = other_default("supervised_fraction", 0.25)
+    unlabeled_ramp: float = other_default("unlabeled_ramp", 0.4)
     pseudo_label_weight: float = parameter(1.0, "weight of the pseudo-label term; 0 switches it off", minimum=0.0)
     consistency_weight: float = parameter(1.0, "weight of the consistency term; 0 switches it off", minimum=0.0)
     uncertainty_weight: float = parameter(1.0, "weight of the uncertainty term; 0 switches it off", minimum=0.0)

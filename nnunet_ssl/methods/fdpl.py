@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.data.batches import Labeled, Unlabeled
 from nnunet_ssl.nnunet.loss import with_cross_entropy_share
-from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
+from nnunet_ssl.training.hyperparameters import MethodParameters, other_default, parameter
 from nnunet_ssl.training.method import Step
 from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
@@ -42,12 +42,8 @@ from nnunet_ssl.transforms.mixing import (
 class FDPLParameters(MethodParameters):
     """Hyper-parameters of co-training with fixed and dynamic pseudo-labels."""
 
-    supervised_fraction: float = parameter(
-        0.25, "fraction of the epochs trained on labels alone, before the pseudo-labels", minimum=0.0, maximum=1.0
-    )
-    unlabeled_ramp: float = parameter(
-        0.4, "fraction of stage 2 over which the weights of the pseudo-labels rise", minimum=0.0, maximum=1.0
-    )
+    supervised_fraction: float = other_default("supervised_fraction", 0.25)
+    unlabeled_ramp: float = other_default("unlabeled_ramp", 0.4)
     fixed_weight: float = parameter(0.2, "weight of the fixed pseudo-labels; 0 for dynamic ones alone", minimum=0.0)
     dynamic_weight: float = parameter(
         0.2,

@@ -23,7 +23,7 @@ from torch import Tensor
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
 from nnunet_ssl.data.batches import Labeled, Unlabeled
 from nnunet_ssl.losses.overlap import SoftIoULoss, found_classes, soft_iou_loss
-from nnunet_ssl.training.hyperparameters import MethodParameters, parameter
+from nnunet_ssl.training.hyperparameters import MethodParameters, other_default, parameter
 from nnunet_ssl.training.method import Step
 from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
@@ -36,9 +36,7 @@ from nnunet_ssl.transforms.elastic import ElasticTransforms
 class SemiTCParameters(MethodParameters):
     """Hyper-parameters of the elastic-equivariance Siamese network."""
 
-    supervised_fraction: float = parameter(
-        0.5, "fraction of the epochs trained on labels alone, before the consistency term", minimum=0.0, maximum=1.0
-    )
+    supervised_fraction: float = other_default("supervised_fraction", 0.5)
     consistency_weight: float = parameter(1.0, "weight lambda of the consistency term", minimum=0.0)
     smoothness: float = parameter(
         0.1, "sigma of the Gaussian that smooths the displacement", "fraction of the patch side", minimum=0.01

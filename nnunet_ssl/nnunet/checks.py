@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.training.hyperparameters import PLANS_KEY
+from nnunet_ssl.nnunet.plans import PLANS_KEY
 
 _Check = Callable[[Any], bool]
 # nnU-Net makes folder names of three of them; file systems allow 255 characters.

@@ -10,7 +10,9 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.training.hyperparameters import PLANS_KEY
+
+# Where hyper-parameters stand in a plans file; nnU-Net leaves alone what it does not know.
+PLANS_KEY = "ssl"
 
 # The two families of U-Nets that nnU-Net plans, and how many residual blocks it gives to each stage of the second.
 PLAIN = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
@@ -23,11 +25,28 @@ _FEWEST_STAGES = 3
 
 
 def with_hyperparameters(plans: Mapping[str, Any], name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the plans under a new name, with hyper-parameters added to those it has."""
+    """A copy of the plans under a new name, with hyper-parameters added to those it has.
+
+    Args:
+        plans: nnU-Net's plans.
+        name: Name of the new plans.
+        values: Shared hyper-parameters by name, and an object of them by the name of a method.
+    """
     derived = copy.deepcopy(dict(plans))
     derived["plans_name"] = name
-    derived[PLANS_KEY] = {**derived.get(PLANS_KEY, {}), **values}
+    derived[PLANS_KEY] = merged(derived.get(PLANS_KEY, {}), values)
     return derived
+
+
+def merged(hyperparameters: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters with others added, which win; the objects of a method are merged too."""
+    result = dict(hyperparameters)
+    for name, value in others.items():
+        before = result.get(name)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = merged(before, value)
+        result[name] = copy.deepcopy(value)
+    return result
 
 
 def with_partner_network(plans: Mapping[str, Any], name: str, configuration: str) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
+from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.nnunet.plans import merged
+from nnunet_ssl.training.hyperparameters import SHARED, declared, method_name
 
 # Reading order of the shapes: 2D, isotropic 3D, anisotropic 3D (nnU-Net augments its slices as 2D images).
 PATCHES = {"2d": (32, 32), "3d": (16, 16, 16), "anisotropic": (4, 32, 32)}
@@ -94,6 +97,18 @@ SSL = {
 }  # fmt: skip
 
 
+def in_place(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters by name to where a trainer reads them in the plans, without those of other built-in methods.
+
+    Names that nobody knows stay, for the trainer to refuse.
+    """
+    own = set(declared(cls.Parameters)) - SHARED if hasattr(cls, "Parameters") else set()
+    others = {name for trainer in TRAINERS for name in declared(trainer.Parameters)} - SHARED - own
+    block = {name: value for name, value in values.items() if name in own}
+    flat = {name: value for name, value in values.items() if name not in own | others}
+    return flat | ({method_name(cls): block} if block else {})
+
+
 class TinyDataset:
     """A preprocessed data set in nnU-Net's folders: 4 labeled, 3 hidden, 2 validation, 8 unlabeled cases."""
 
@@ -166,9 +181,12 @@ class TinyDataset:
             self._write_blosc(self.folder / f"{case}_seg.b2nd", noise)
 
     def trainer(self, cls: type, fold: int | str = 0, **ssl: Any) -> Any:
-        """A trainer of this data set on the CPU, with further hyper-parameters; not initialized."""
+        """A trainer of this data set on the CPU, with further hyper-parameters; not initialized.
+
+        Hyper-parameters of other methods may be among them, so that one set serves all trainers.
+        """
         plans = json.loads(json.dumps(self.plans))
-        plans["ssl"].update(ssl)
+        plans["ssl"] = merged(plans["ssl"], in_place(cls, ssl))
         plans["continue_training"] = False
         trainer = cls(plans, self.configuration, fold, dict(self.dataset_json), torch.device("cpu"))
         if not hasattr(trainer, "hp"):

@@ -1,7 +1,10 @@
 """How a method declares its hyper-parameters, and how the block "ssl" of a plans file overrides them.
 
 A method has one frozen dataclass. Every field is made with ``parameter``, so that type, default, unit, range and
-meaning stand in one place; the command line's help, the checks and the log all read them from there.
+meaning stand in one place; the command line's help, the checks and the log all read them from there. What all methods
+share stands flat in the plans, a method's own hyper-parameters in an object with the method's name:
+
+    "ssl": {"num_epochs": 200, "SemiTC": {"consistency_weight": 0.5, "supervised_fraction": 0.25}}
 """
 
 from __future__ import annotations
@@ -10,14 +13,14 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from typing_extensions import Self
 
 from nnunet_ssl.errors import UserError
-
-PLANS_KEY = "ssl"
+from nnunet_ssl.nnunet.plans import PLANS_KEY
+from nnunet_ssl.training.former_names import FORMER_NAMES
 
 
 def parameter(
@@ -72,33 +75,51 @@ class HyperParameters:
         maximum=2**31 - 1,
     )
 
+    _types: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Note the types of the fields while the module can still be looked into.
+
+        nnU-Net forgets the modules of other people's folders once it has found a trainer there.
+        """
+        super().__init_subclass__()
+        cls._types = typing.get_type_hints(cls)
+
     @classmethod
-    def from_plans(cls, plans: Mapping[str, Any], others: Iterable[type[HyperParameters]] = ()) -> Self:
+    def from_plans(cls, plans: Mapping[str, Any], blocks: Sequence[str] = ()) -> Self:
         """Read the block "ssl" of a plans file.
 
-        Names that only another method declares are checked against it and otherwise passed over, so that one plans
-        file serves every trainer of a comparison.
+        Objects with other names belong to other methods and are passed over, so that one plans file serves every
+        trainer of a comparison. The supervised baseline checks what only methods share, and passes it over too.
 
         Args:
             plans: The content of a plans file.
-            others: Hyper-parameters of the other methods.
+            blocks: Names of the objects in it that are read besides the flat names; the later ones win.
 
         Raises:
-            UserError: For an unknown name, a value of the wrong type, or a value out of range.
+            UserError: For an unknown name, a value of the wrong type, or a value out of range, with its place.
         """
-        block = plans.get(PLANS_KEY, {})
-        if not isinstance(block, Mapping):
-            raise UserError(f'"{PLANS_KEY}" in the plans file must be an object of names and values, found {block!r}.')
-        own = {f.name for f in dataclasses.fields(cls)}
-        kinds: list[type[HyperParameters]] = [*others, cls]
-        declared = {f.name: kind for kind in kinds for f in dataclasses.fields(kind)}
+        table = plans.get(PLANS_KEY, {})
+        if not isinstance(table, Mapping):
+            raise UserError(f'"{PLANS_KEY}" in the plans file must be an object of names and values, found {table!r}.')
+        own = declared(cls)
         values: dict[str, Any] = {}
-        for name, value in block.items():
-            if name not in declared:
-                raise UserError(_unknown_name(name, declared))
-            checked = check_value(cls if name in own else declared[name], name, value)
+        for name, value in table.items():
+            if name in blocks or (isinstance(value, Mapping) and name not in SHARED):
+                continue
+            if name not in SHARED:
+                raise UserError(_unknown_flat_name(name, own, blocks))
+            checked = check_value(cls if name in own else MethodParameters, name, value)
             if name in own:
                 values[name] = checked
+        for block in blocks:
+            entries = table.get(block, {})
+            if not isinstance(entries, Mapping):
+                raise UserError(f"Block {block} must be an object of names and values, found {entries!r}.")
+            for name, value in entries.items():
+                if name not in own:
+                    raise UserError(_unknown_name_in_block(block, name, own))
+                values[name] = check_value(cls, name, value, block)
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,9 +128,18 @@ class HyperParameters:
 
 
 @dataclasses.dataclass(frozen=True)
-class SemiSupervisedParameters(HyperParameters):
+class MethodParameters(HyperParameters):
     """What every method understands that learns from more than labels."""
 
+    supervised_fraction: float = parameter(
+        0.0, "fraction of the epochs trained on labels alone, before the unlabeled terms", minimum=0.0, maximum=1.0
+    )
+    unlabeled_ramp: float = parameter(
+        0.0,
+        "fraction of stage 2 over which the weights of the unlabeled terms rise; 0 for at once",
+        minimum=0.0,
+        maximum=1.0,
+    )
     learned_dice: float = parameter(
         0.5,
         "unlabeled terms count in full once every structure has this running Dice on labeled batches, and in "
@@ -126,13 +156,46 @@ class SemiSupervisedParameters(HyperParameters):
     )
 
 
-def check_value(kind: type[HyperParameters], name: str, value: Any) -> Any:
+# What stands flat in the plans: all other names belong to a method.
+SHARED = frozenset(field.name for field in dataclasses.fields(MethodParameters))
+
+
+def other_default(name: str, default: Any) -> Any:
+    """A shared hyper-parameter that one method starts from another value."""
+    return dataclasses.field(default=default, metadata=MethodParameters.__dataclass_fields__[name].metadata)
+
+
+def method_name(trainer: type) -> str:
+    """What a trainer's method is called in plans and on the command line."""
+    return trainer.__name__.removeprefix("nnUNetTrainer")
+
+
+def declared(kind: type[HyperParameters]) -> dict[str, dataclasses.Field[Any]]:
+    """The hyper-parameters of a class, by name.
+
+    Raises:
+        UserError: Where one was not made with ``parameter``, or the class is no dataclass itself.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, annotation in _types_of(kind).items():
+        if typing.get_origin(annotation) is ClassVar:
+            continue
+        if name not in fields or "meaning" not in fields[name].metadata:
+            raise UserError(
+                f"{name} of {kind.__name__} is no hyper-parameter; expected a class under "
+                f"@dataclasses.dataclass(frozen=True), and a field made with parameter(default, meaning, ...)."
+            )
+    return fields
+
+
+def check_value(kind: type[HyperParameters], name: str, value: Any, block: str = "") -> Any:
     """Bring a JSON value to the declared type.
 
     Args:
         kind: The class that declares the name.
         name: A hyper-parameter of that class.
         value: What the plans file or the command line says.
+        block: The method's name where the value stands in its object; for the messages.
 
     Returns:
         The value in its declared type.
@@ -140,13 +203,13 @@ def check_value(kind: type[HyperParameters], name: str, value: Any) -> Any:
     Raises:
         UserError: Where it does not fit.
     """
-    field = next(f for f in dataclasses.fields(kind) if f.name == name)
-    meta = field.metadata
+    meta = declared(kind)[name].metadata
+    place = f"{block}.{name}" if block else name
     try:
-        converted = _convert(value, typing.get_type_hints(kind)[name])
+        converted = _convert(value, _types_of(kind)[name])
     except TypeError:
         raise UserError(
-            f"Hyper-parameter {name} must be {describe_type(kind, name)}, got {value!r} ({type(value).__name__}). "
+            f"Hyper-parameter {place} must be {describe_type(kind, name)}, got {value!r} ({type(value).__name__}). "
             f"Meaning: {meta['meaning']}."
         ) from None
     for number in converted if isinstance(converted, tuple) else (converted,):
@@ -156,19 +219,21 @@ def check_value(kind: type[HyperParameters], name: str, value: Any) -> Any:
         above = meta["maximum"] is not None and not number <= meta["maximum"]
         if below or above:
             raise UserError(
-                f"Hyper-parameter {name} must lie between {meta['minimum']} and {meta['maximum']}, got {value!r}."
+                f"Hyper-parameter {place} must lie between {meta['minimum']} and {meta['maximum']}, got {value!r}."
             )
     if meta["choices"] and converted not in meta["choices"]:
-        raise UserError(f"Hyper-parameter {name} must be one of {list(meta['choices'])}, got {value!r}.")
+        raise UserError(f"Hyper-parameter {place} must be one of {list(meta['choices'])}, got {value!r}.")
     return converted
 
 
 def describe_type(kind: type[HyperParameters], name: str) -> str:
     """The declared type in words: "a number or null"."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return " or ".join(
-        words.get(t, "a list of whole numbers") for t in _alternatives(typing.get_type_hints(kind)[name])
-    )
+    return " or ".join(words.get(t, "a list of whole numbers") for t in _alternatives(_types_of(kind)[name]))
+
+
+def _types_of(kind: type[HyperParameters]) -> dict[str, Any]:
+    return kind._types or typing.get_type_hints(kind)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -193,7 +258,29 @@ def _convert(value: Any, annotation: Any) -> Any:
     raise TypeError
 
 
-def _unknown_name(name: str, declared: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(str(name), declared, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"Unknown hyper-parameter {name!r}.{hint} Known are: {', '.join(sorted(declared))}."
+def _unknown_flat_name(name: str, own: Iterable[str], blocks: Sequence[str]) -> str:
+    """Why a name cannot stand flat in the plans, and what was meant."""
+    of_methods = dict(FORMER_NAMES)
+    for mine in (set(own) - SHARED) if blocks else ():
+        known = of_methods.get(mine, ())
+        # A place that this trainer reads may be listed already, by the block that all trainers of its method read.
+        if not any(place.partition(".")[0] in blocks for place in known):
+            of_methods[mine] = (*known, f"{blocks[-1]}.{mine}")
+    if name in of_methods:
+        return f"{name} belongs to a method: write {' or '.join(of_methods[name])}."
+    near = difflib.get_close_matches(str(name), [*SHARED, *of_methods], n=1)
+    hint = f" Did you mean {' or '.join(of_methods.get(near[0], near))}?" if near else ""
+    return (
+        f"Unknown hyper-parameter {name!r}.{hint} Shared by all methods are: {', '.join(sorted(SHARED))}. A method's "
+        f'own are written METHOD.NAME=VALUE on the command line and "METHOD": {{"NAME": VALUE}} in a plans file; '
+        f"'nnunet-ssl trainers METHOD' lists them."
+    )
+
+
+def _unknown_name_in_block(block: str, name: str, own: Iterable[str]) -> str:
+    """Why a name cannot stand in a method's object, and what was meant."""
+    near = difflib.get_close_matches(str(name), own, n=1)
+    hint = f" Did you mean {block}.{near[0]}?" if near else ""
+    if name in FORMER_NAMES:
+        hint = f" Write {' or '.join(FORMER_NAMES[name])}."
+    return f"Unknown hyper-parameter {block}.{name}.{hint} {block} has: {', '.join(sorted(own))}."

@@ -20,12 +20,12 @@ ROWS = {
     **{name: Variant(name, name) for name in ("Supervised", "SupTC", "SemiTC", "SemiTCPlus", "DualNet", "FDPL")},
     "Partner": Variant("Supervised, partner network", "Supervised", partner_network=True),
     **{
-        f"DualNet-{term}": Variant(f"DualNet without {term}", "DualNet", (f"{term}_weight=0",))
+        f"DualNet-{term}": Variant(f"DualNet without {term}", "DualNet", (f"DualNet.{term}_weight=0",))
         for term in nnUNetTrainerDualNet.unlabeled_terms
     },
-    "FDPL-fixed-only": Variant("FDPL, fixed only", "FDPL", ("dynamic_weight=0",)),
-    "FDPL-dynamic-only": Variant("FDPL, dynamic only", "FDPL", ("fixed_weight=0",)),
-    "FDPL-cutmix": Variant("FDPL without CutMix", "FDPL", ("cutmix=false",)),
+    "FDPL-fixed-only": Variant("FDPL, fixed only", "FDPL", ("FDPL.dynamic_weight=0",)),
+    "FDPL-dynamic-only": Variant("FDPL, dynamic only", "FDPL", ("FDPL.fixed_weight=0",)),
+    "FDPL-cutmix": Variant("FDPL without CutMix", "FDPL", ("FDPL.cutmix=false",)),
 }
 PAPER = {
     "labeled": ["8", "16"],

@@ -25,8 +25,8 @@ from nnunet_ssl.data.splits import hide_labels
 from nnunet_ssl.demo.commands import Commands
 from nnunet_ssl.files import write_atomically
 from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.nnunet.plans import PLANS_KEY
 from nnunet_ssl.runtime.cpu import cpu_has_bfloat16, own_cores
-from nnunet_ssl.training.hyperparameters import PLANS_KEY
 from nnunet_ssl.training.run_record import RECORD_FILE
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
@@ -117,7 +117,10 @@ def parse_arguments(
     parser.add_argument("--max-features", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--iterations", type=int, help="steps per epoch")
-    parser.add_argument("--set", dest="settings", action="append", default=[], help="further hyper-parameters")
+    parser.add_argument(
+        "--set", dest="settings", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="further hyper-parameters, as for nnunet-ssl configure",
+    )  # fmt: skip
     parser.add_argument(
         "--devices", nargs="+", default=["cpu"],
         help="one training at a time on each: cpu cpu shares the cores between two, cuda:0 cuda:1 takes two GPUs",
@@ -242,8 +245,7 @@ class Experiment:
         if not record.exists():
             return
         cls = training.variant.trainer_class
-        wanted = cls.hyperparameters_class.from_plans(planned, [t.hyperparameters_class for t in TRAINERS]).as_dict()
-        wanted = json.loads(json.dumps(wanted))
+        wanted = json.loads(json.dumps(cls.read_hyperparameters(planned).as_dict()))
         recorded = load_json(str(record))
         saw, sees = TEST_FOLDER in recorded["unlabeled"].values(), self.arguments.test_images is not None
         if cls.transductive and saw != sees:

@@ -168,7 +168,7 @@ def make_trainer(
     first_stage = 0.5 if stage == 1 else 0.0
     plans["ssl"] = {
         "supervised_fraction": first_stage,
-        "identity_probability": 0.0,
+        "SupTC": {"identity_probability": 0.0},
         "cpu_bfloat16": bfloat16,
     } | settings
     channels = len(plans["configurations"][case.configuration]["normalization_schemes"])

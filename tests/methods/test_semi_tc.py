@@ -126,7 +126,7 @@ def test_terms_are_the_papers_formula(tiny):
 
 
 def test_weight_and_ramp(tiny):
-    trainer = initialized(tiny, consistency_weight=0.5, consistency_ramp=0.5)
+    trainer = initialized(tiny, consistency_weight=0.5, unlabeled_ramp=0.5)
     labeled, unlabeled = tiny.batches(trainer)
     weights = []
     for epoch in range(4):

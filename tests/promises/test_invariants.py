@@ -21,7 +21,7 @@ from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 SEMI = [t for t in TRAINERS if t.unlabeled_terms]
 SIAMESE = [t for t in TRAINERS if issubclass(t, nnUNetTrainerSupTC)]
 # What switches a method's own terms and transforms off.
-WEIGHTS = [f.name for t in TRAINERS for f in dataclasses.fields(t.hyperparameters_class) if f.name.endswith("_weight")]
+WEIGHTS = [f.name for t in TRAINERS for f in dataclasses.fields(t.Parameters) if f.name.endswith("_weight")]
 NEUTRAL = {"identity_probability": 1.0} | dict.fromkeys(WEIGHTS, 0.0)
 
 

@@ -155,7 +155,7 @@ def test_transductive_trainings_belong_to_their_test_images(accuracy, tmp_path, 
     training = accuracy.Training(accuracy.Variant(trainer, trainer), "Plans", 0)
     model = tmp_path / "model"
     (model / "fold_0").mkdir(parents=True)
-    used = training.variant.trainer_class.hyperparameters_class().as_dict()
+    used = training.variant.trainer_class.Parameters().as_dict()
     unlabeled = {"case": "hidden label"} | ({"other": "imagesTs"} if saw else {})
     (model / "fold_0" / "nnunet_ssl.json").write_text(json.dumps({"hyperparameters": used, "unlabeled": unlabeled}))
     for folder in (model / "plans.json", tmp_path / "Plans.json"):

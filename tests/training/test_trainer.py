@@ -321,7 +321,7 @@ def test_trainers_lists_every_trainer_and_hyperparameter(capsys):
     assert all(t.__name__ in listed for t in TRAINERS)
     assert main(["trainers", "SemiTC"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in nnUNetTrainerSemiTC.hyperparameters_class().as_dict())
+    assert all(name in shown for name in nnUNetTrainerSemiTC.Parameters().as_dict())
     assert main(["trainers", "nnUNetTrainerNone"]) == 2
     assert "there are nnUNetTrainerSupervised" in capsys.readouterr().err
 
