@@ -14,7 +14,7 @@ prototypes made on each for itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,24 +22,14 @@ from torch import Tensor
 
 from nnunet_ssl.blocks.features import FeatureTap
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass
-from nnunet_ssl.data.batches import Labeled, Unlabeled
-from nnunet_ssl.losses.agreement import (
-    cosine_distance,
-    entropy,
-    kl_divergence,
-    masked_mean,
-    pseudo_label_cross_entropy,
-    upper_threshold,
-)
+from nnunet_ssl.losses import agreement
 from nnunet_ssl.losses.contrastive import contrastive_loss
 from nnunet_ssl.losses.overlap import foreground_dice_loss
 from nnunet_ssl.losses.predictions import likeliest
 from nnunet_ssl.nnunet.plans import with_partner_network
 from nnunet_ssl.runtime.distributed import mean_over_ranks
-from nnunet_ssl.training.hyperparameters import MethodParameters, other_default, parameter
-from nnunet_ssl.training.method import Losses, Output
-from nnunet_ssl.training.monitor import View
-from nnunet_ssl.training.trainer import SemiSupervisedTrainer
+from nnunet_ssl.training import Labeled, Losses, MethodParameters, Outputs, SemiSupervisedTrainer, Unlabeled, View
+from nnunet_ssl.training.hyperparameters import other_default, parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +42,7 @@ class DualNetParameters(MethodParameters):
     consistency_weight: float = parameter(1.0, "weight of the consistency term; 0 switches it off", minimum=0.0)
     uncertainty_weight: float = parameter(1.0, "weight of the uncertainty term; 0 switches it off", minimum=0.0)
     contrastive_weight: float = parameter(0.1, "weight of the contrastive term; 0 switches it off", minimum=0.0)
-    weak_teacher: bool = parameter(
-        True, "whether the teacher sees unlabeled images without intensity augmentation; else as the student sees them"
-    )
+    weak_teacher: bool = parameter(True, "whether the teacher sees unlabeled images without intensity augmentation")
     reliable_fraction: float = parameter(
         0.8, "a voxel is reliable where both entropies are among this fraction of the lowest", minimum=0.0, maximum=1.0
     )
@@ -84,23 +72,22 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer[DualNetParameters]):
         self._taps = [FeatureTap(network) for network in self.predictors] if wanted else []
 
     def wanted_views(self) -> tuple[str, ...]:
-        """The teacher's view, and the student's where it is another."""
+        """The student's view, and the teacher's where it is another."""
         return self.views if self.hp.weak_teacher else ("strong",)
 
     def trains(self, term: str) -> tuple[str, ...]:
         """The last student."""
         return ("partner",) if self.teacher == 0 else ("network",)
 
-    def unlabeled_losses(self, labeled: Labeled, unlabeled: Unlabeled, outputs: Sequence[Output]) -> Losses:
+    def unlabeled_losses(self, labeled: Labeled, unlabeled: Unlabeled, outputs: Outputs) -> Losses:
         """What the student learns from the teacher."""
         logits = [full_resolution(output) for output in outputs]
         self.teacher = teacher = self.choose_teacher(logits, labeled.target)
         student = 1 - teacher
-        features = None
         if self._taps:
             student_outputs, features = self._taps[student](unlabeled.strong)
         else:
-            student_outputs = self.predictors[student](unlabeled.strong)
+            student_outputs, features = self.predictors[student](unlabeled.strong), None
         with torch.no_grad():
             seen = unlabeled.weak if self.hp.weak_teacher else unlabeled.strong
             teacher_logits = full_resolution(self.predictors[teacher](seen))
@@ -131,10 +118,6 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer[DualNetParameters]):
 
         The one answer that a step needs from the device before it ends: it saves the teacher's backward pass on the
         unlabeled batch, a sixth of the step.
-
-        Args:
-            logits: Of both networks, (B_l, K, *S).
-            target: At full resolution.
         """
         ignore = self.label_manager.ignore_label
         losses = [foreground_dice_loss(z, target, self.has_regions, ignore) for z in logits]
@@ -143,7 +126,8 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer[DualNetParameters]):
     @torch.no_grad()
     def reliable_voxels(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Where both networks' entropies are among the lowest of the batch: boolean (B, *S)."""
-        sure = [h <= upper_threshold(h, self.hp.reliable_fraction) for h in (entropy(log_p), entropy(log_q))]
+        entropies, fraction = [agreement.entropy(log) for log in (log_p, log_q)], self.hp.reliable_fraction
+        sure = [h <= agreement.upper_threshold(h, fraction) for h in entropies]
         return sure[0] & sure[1]
 
     def student_terms(self, student: list[Tensor], teacher: list[Tensor], features: Tensor | None) -> Losses:
@@ -155,19 +139,19 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer[DualNetParameters]):
             features: The student's features (B_u, C, *S) of the unlabeled batch; needed by the contrastive term.
         """
         hp = self.hp
-        log_p, log_q = self.log_probabilities(student[0]), self.log_probabilities(teacher[0])
+        (log_p, log_p_l), (log_q, log_q_l) = ([self.log_probabilities(z) for z in zs] for zs in (student, teacher))
         labels = likeliest(log_q, 2)
         reliable = self.reliable_voxels(log_p, log_q)
         self.note("reliable", reliable.float().mean())
         terms = {}
-        cross_entropy = pseudo_label_cross_entropy(log_p, labels)
+        cross_entropy = agreement.pseudo_label_cross_entropy(log_p, labels)
         if hp.pseudo_label_weight > 0:
-            terms["pseudo_label"] = masked_mean(cross_entropy, reliable)
+            terms["pseudo_label"] = agreement.masked_mean(cross_entropy, reliable)
         if hp.consistency_weight > 0:
-            on_labeled = cosine_distance(self.log_probabilities(student[1]), self.log_probabilities(teacher[1]))
-            terms["consistency"] = torch.cat([cosine_distance(log_p, log_q).flatten(), on_labeled.flatten()]).mean()
+            distances = agreement.cosine_distance(log_p, log_q), agreement.cosine_distance(log_p_l, log_q_l)
+            terms["consistency"] = torch.cat([distance.flatten() for distance in distances]).mean()
         if hp.uncertainty_weight > 0:
-            divergence = kl_divergence(log_p, self.log_probabilities(teacher[0], hp.temperature))
+            divergence = agreement.kl_divergence(log_p, self.log_probabilities(teacher[0], hp.temperature))
             terms["uncertainty"] = (torch.exp(-divergence.detach()) * cross_entropy).mean() + divergence.mean()
         if features is not None:
             sizes = log_p.shape[2], hp.contrastive_points, hp.contrastive_margin

@@ -16,26 +16,17 @@ learned.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
-from nnunet_ssl.data.batches import Labeled, Unlabeled
 from nnunet_ssl.nnunet.loss import with_cross_entropy_share
-from nnunet_ssl.training.hyperparameters import MethodParameters, other_default, parameter
-from nnunet_ssl.training.method import Step
-from nnunet_ssl.training.monitor import View
-from nnunet_ssl.training.trainer import SemiSupervisedTrainer
-from nnunet_ssl.transforms.mixing import (
-    compose_pseudo_labels,
-    cutmix_boxes,
-    draw_shift,
-    mix,
-    room_for_shift,
-    shifted_crop,
-)
+from nnunet_ssl.training import Labeled, MethodParameters, SemiSupervisedTrainer, Step, Unlabeled, View
+from nnunet_ssl.training.hyperparameters import other_default, parameter
+from nnunet_ssl.transforms import mixing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +37,16 @@ class FDPLParameters(MethodParameters):
     unlabeled_ramp: float = other_default("unlabeled_ramp", 0.4)
     fixed_weight: float = parameter(0.2, "weight of the fixed pseudo-labels; 0 for dynamic ones alone", minimum=0.0)
     dynamic_weight: float = parameter(
-        0.2,
-        "weight of the dynamic pseudo-labels; 0 for fixed ones alone: cross pseudo supervision, if cutmix is off too",
-        minimum=0.0,
+        0.2, "weight of the dynamic pseudo-labels; 0 for fixed ones alone (without cutmix: CPS)", minimum=0.0
     )
     shift: float = parameter(
-        0.125,
-        "how far the shifted crop lies off the center; less along axes where the plan's median image has no room",
-        "fraction of the patch side",
-        minimum=0.0,
-        maximum=1.0,
+        0.125, "distance of the shifted crop; less without room", "fraction of the patch side", minimum=0.0, maximum=1.0
     )
-    weak_teacher: bool = parameter(
-        True, "whether images are labeled without intensity augmentation; else as the networks learn from them"
-    )
+    weak_teacher: bool = parameter(True, "whether images are labeled without intensity augmentation")
     cutmix: bool = parameter(True, "whether the second network learns from mixtures of two images")
     cutmix_share: float = parameter(0.5, "part of the patch that comes from the other image", minimum=0.01, maximum=1.0)
     cross_entropy_share: float | None = parameter(
-        None,
-        "alpha in alpha CE + (1 - alpha) Dice, the loss on labels; nnU-Net's own (CE + Dice) if null",
-        minimum=0.0,
-        maximum=1.0,
+        None, "alpha in alpha CE + (1 - alpha) Dice, the loss on labels; CE + Dice if null", minimum=0.0, maximum=1.0
     )
 
 
@@ -98,7 +78,7 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
         plan = self.configuration_manager
         shift = self.hp.shift if self.hp.dynamic_weight > 0 else 0.0
         fixed_axes = (0,) if self.augments_slice_by_slice else ()
-        return room_for_shift(shift, plan.patch_size, plan.median_image_size_in_voxels, fixed_axes)
+        return mixing.room_for_shift(shift, plan.patch_size, plan.median_image_size_in_voxels, fixed_axes)
 
     def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
         """Both networks learn from labels, and each from the other's pseudo-labels."""
@@ -106,15 +86,15 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
             return super().step(labeled, None)
         data, target = labeled.images, labeled.target
         margin = self.unlabeled_margin
-        shift = draw_shift(margin, self.generator)
+        shift = mixing.draw_shift(margin, self.generator)
         no_shift = [0] * len(margin)
-        center = shifted_crop(unlabeled.strong, margin, no_shift)
+        center = mixing.shifted_crop(unlabeled.strong, margin, no_shift)
         weak = unlabeled.weak if self.hp.weak_teacher else unlabeled.strong
-        to_label = shifted_crop(weak, margin, no_shift), shifted_crop(weak, margin, shift)
-        boxes = None
+        to_label = mixing.shifted_crop(weak, margin, no_shift), mixing.shifted_crop(weak, margin, shift)
+        boxes, size = None, center.shape[2:]
         if self.hp.cutmix:
-            boxes = cutmix_boxes(len(center), center.shape[2:], self.hp.cutmix_share, self.generator, center.device)
-        mixed = center if boxes is None else mix(center, self._partners(center, data), boxes)
+            boxes = mixing.cutmix_boxes(len(center), size, self.hp.cutmix_share, self.generator, center.device)
+        mixed = center if boxes is None else mixing.mix(center, mixing.others(center, data), boxes)
 
         # The passes with gradient, the labeled batch and the unlabeled one together. They come before those without:
         # autocast would keep the copies of weights that the latter make, and these lead to no gradient.
@@ -124,9 +104,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
         known = [None if self.hp.weak_teacher else outputs for outputs in on_images]
         if boxes is not None:
             known[1] = None
-        fixed, dynamic = zip(
-            *(self.pseudo_labels(n, k, *to_label, shift, target) for n, k in zip(self.predictors, known))
-        )
+        made = [self.pseudo_labels(n, k, to_label, shift, target) for n, k in zip(self.predictors, known)]
+        fixed, dynamic = zip(*made)
         self.note("agreement", (fixed[0] == fixed[1]).float().mean())
         self.note("redecided", torch.stack([(d != f).float().mean() for d, f in zip(dynamic, fixed)]).mean())
 
@@ -134,7 +113,7 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
         for name, labels in (("fixed", fixed), ("dynamic", dynamic)):
             if self.weight(name) == 0:
                 continue
-            for_second = labels[0] if boxes is None else mix(labels[0], self._partners(labels[0], target), boxes)
+            for_second = labels[0] if boxes is None else mixing.mix(labels[0], mixing.others(labels[0], target), boxes)
             losses[name] = self.supervised_loss(on_images[0], labels[1], self.pseudo_label_loss)
             losses[f"{name}_partner"] = self.supervised_loss(on_images[1], for_second, self.pseudo_label_loss)
         return Step(losses, (on_labels, target))
@@ -142,53 +121,34 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
     def view(self, images: Tensor, generator: torch.Generator) -> View:
         """Both networks' labels of the center crop, where they disagree, and the first one's dynamic labels."""
         margin = self.unlabeled_margin
-        shift = draw_shift(margin, generator)
-        center = shifted_crop(images, margin, [0] * len(margin))
+        shift = mixing.draw_shift(margin, generator)
+        center = mixing.shifted_crop(images, margin, [0] * len(margin))
         first, second = (self.label_map(quiet_pass(network, center)) for network in self.predictors)
-        temporary = self.label_map(quiet_pass(self.network, shifted_crop(images, margin, shift)))
-        dynamic = compose_pseudo_labels(first[:, None], temporary[:, None], shift)[:, 0]
-        maps = {
-            "network 2": second,
-            "disagree": first != second,
-            "dynamic": dynamic,
-            "redecided": dynamic != first,
-        }
+        temporary = self.label_map(quiet_pass(self.network, mixing.shifted_crop(images, margin, shift)))
+        dynamic = mixing.compose_pseudo_labels(first[:, None], temporary[:, None], shift)[:, 0]
+        maps = {"network 2": second, "disagree": first != second, "dynamic": dynamic, "redecided": dynamic != first}
         return View(first, maps, center)
 
     @torch.no_grad()
     def pseudo_labels(
-        self,
-        teacher: nn.Module,
-        known: Any | None,
-        center: Tensor,
-        shifted: Tensor,
-        shift: tuple[int, ...],
-        like: Tensor,
+        self, teacher: nn.Module, known: Any, crops: Sequence[Tensor], shift: tuple[int, ...], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A network's fixed and dynamic pseudo-labels of the center crop, without gradient.
+        """A network's fixed and dynamic pseudo-labels of the center crop: targets, without gradient.
 
         Args:
             teacher: The network.
             known: Its outputs for the center crop, where they are at hand already.
-            center: The center crop (B, C, *S).
-            shifted: The crop that lies off the center by ``shift``.
-            shift: In voxels per axis. At zero, both crops are one.
+            crops: The center crop (B, C, *S), and the one that lies off it by ``shift`` voxels per axis; at zero, both
+                are one.
+            shift: In voxels per axis.
             like: nnU-Net's target, whose type and channels the labels get.
-
-        Returns:
-            Two label maps (B, 1, *S), or region channels (B, R, *S).
         """
-        wanted = ([center] if known is None else []) + ([shifted] if any(shift) else [])
-        logits = list(full_resolution(teacher(torch.cat(wanted))).split(len(shifted))) if wanted else []
+        wanted = [*crops[:1]] * (known is None) + [*crops[1:]] * any(shift)
+        logits = list(full_resolution(teacher(torch.cat(wanted))).split(len(crops[0]))) if wanted else []
         if known is not None:
             logits.insert(0, full_resolution(known))
         labels = [self.hard_labels(z, like) for z in logits]
-        return labels[0], compose_pseudo_labels(labels[0], labels[-1], shift)
-
-    @staticmethod
-    def _partners(unlabeled: Tensor, labeled: Tensor) -> Tensor:
-        """What each unlabeled image or label map is mixed with: another one; a single one with a labeled one."""
-        return unlabeled.roll(1, 0) if len(unlabeled) > 1 else labeled[:1]
+        return labels[0], mixing.compose_pseudo_labels(labels[0], labels[-1], shift)
 
     def _build_loss(self) -> nn.Module:
         self.pseudo_label_loss = super()._build_loss()

@@ -21,12 +21,9 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
 from nnunet_ssl.blocks.networks import full_resolution, quiet_pass, split_outputs
-from nnunet_ssl.data.batches import Labeled, Unlabeled
 from nnunet_ssl.losses.overlap import SoftIoULoss, found_classes, soft_iou_loss
-from nnunet_ssl.training.hyperparameters import MethodParameters, other_default, parameter
-from nnunet_ssl.training.method import Step
-from nnunet_ssl.training.monitor import View
-from nnunet_ssl.training.trainer import SemiSupervisedTrainer
+from nnunet_ssl.training import Labeled, MethodParameters, SemiSupervisedTrainer, Step, Unlabeled, View
+from nnunet_ssl.training.hyperparameters import other_default, parameter
 from nnunet_ssl.transforms.alignment import inside_mask, without_margin
 from nnunet_ssl.transforms.displacement import Interpolation, warp
 from nnunet_ssl.transforms.elastic import ElasticTransforms

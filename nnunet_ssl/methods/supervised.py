@@ -1,7 +1,6 @@
 """The supervised baseline: nnU-Net's own training through our base class."""
 
-from nnunet_ssl.training.hyperparameters import HyperParameters
-from nnunet_ssl.training.trainer import SemiSupervisedTrainer
+from nnunet_ssl.training import HyperParameters, SemiSupervisedTrainer
 
 
 class nnUNetTrainerSupervised(SemiSupervisedTrainer[HyperParameters]):

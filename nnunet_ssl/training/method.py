@@ -28,6 +28,8 @@ C = TypeVar("C", bound=Companion)
 
 # What a network returns: logits (B, K, *S), with deep supervision a list of them by falling resolution.
 Output = Any
+# Of the plan's network and of every companion that predicts.
+Outputs = Sequence[Output]
 Losses = dict[str, Tensor]
 
 NETWORK = "network"
@@ -42,7 +44,7 @@ class Step(NamedTuple):
     """
 
     losses: Losses
-    known: tuple[Sequence[Output], Tensor]
+    known: tuple[Outputs, Tensor]
 
 
 class Method(ABC, Generic[P]):
@@ -113,7 +115,7 @@ class Method(ABC, Generic[P]):
     def build(self) -> None:
         """Add companions and whatever else is needed, once the plan's network stands."""
 
-    def labeled_losses(self, labeled: Labeled, outputs: Sequence[Output]) -> Losses:
+    def labeled_losses(self, labeled: Labeled, outputs: Outputs) -> Losses:
         """The ``labeled_terms``, in both stages.
 
         Args:
@@ -122,7 +124,7 @@ class Method(ABC, Generic[P]):
         """
         return {}
 
-    def unlabeled_losses(self, labeled: Labeled, unlabeled: Unlabeled, outputs: Sequence[Output]) -> Losses:
+    def unlabeled_losses(self, labeled: Labeled, unlabeled: Unlabeled, outputs: Outputs) -> Losses:
         """The ``unlabeled_terms``; called in stage 2 where one of them has a weight.
 
         Passes with gradient come before those without: autocast would keep the copies of weights that the latter make,
@@ -298,7 +300,7 @@ class Method(ABC, Generic[P]):
             raise ValueError(f"{type(self).__name__} notes {name!r}; declare it in statistic_names.")
         self._statistics[name] = value
 
-    def overlap_counts(self, outputs: Sequence[Output], target: Tensor) -> Tensor:
+    def overlap_counts(self, outputs: Outputs, target: Tensor) -> Tensor:
         """How well a labeled batch is known: counts (networks, 3, structures), see ``learned.overlap_counts``."""
         ignore = self.label_manager.ignore_label
         return torch.stack([overlap_counts(full_resolution(o), target, self.has_regions, ignore) for o in outputs])

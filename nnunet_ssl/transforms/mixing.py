@@ -119,3 +119,8 @@ def cutmix_boxes(
 def mix(own: Tensor, partner: Tensor, boxes: Tensor) -> Tensor:
     """The partner inside the boxes (B, 1, *S), one's own outside; images or labels, (B, C, *S)."""
     return torch.where(boxes, partner, own)
+
+
+def others(images: Tensor, further: Tensor) -> Tensor:
+    """What each image or label map is mixed with: another one of its batch; a single one with the first further one."""
+    return images.roll(1, 0) if len(images) > 1 else further[:1]
