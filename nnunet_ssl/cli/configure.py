@@ -135,8 +135,9 @@ def check_hyperparameters(table: Mapping[str, Any]) -> list[str]:
     named = [name for name, value in table.items() if isinstance(value, Mapping) and name not in SHARED]
     if not known.keys() >= set(named):
         known = known_methods()
-    for name in filter(known.__contains__, table):
-        known[name].read_hyperparameters({PLANS_KEY: table})
+    for trainer in (known[name] for name in table if name in known):
+        blocks = {block: table[block] for block in trainer.blocks() if block in table}
+        trainer.read_hyperparameters({PLANS_KEY: blocks})
     MethodParameters.from_plans({PLANS_KEY: table})
     return [_about_unknown(name, known) for name in named if name not in known]
 

@@ -120,7 +120,7 @@ class TinyDataset:
     def __init__(self, root: Path, patch: tuple[int, ...], num_labels: int = 3, channels: int = 1) -> None:
         self.root, self.patch, self.channels, self.num_labels = root, patch, channels, num_labels
         self.shape = (1, *patch) if len(patch) == 2 else patch
-        self.plans = make_plans(patch, channels=channels, ssl=SSL)
+        self.plans = make_plans(patch, channels=channels, ssl=dict(SSL))
         (self.configuration,) = self.plans["configurations"]
         names = ["background", *(f"structure {i}" for i in range(1, num_labels))]
         self.dataset_json = make_dataset_json({n: i for i, n in enumerate(names)}, channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -35,11 +36,16 @@ def nnunet_like_plans(patch: tuple[int, ...]) -> dict:
 
 
 def test_hyperparameters_are_added_and_the_original_is_left_alone():
-    plans = make_plans((32, 32), ssl={"num_epochs": 5, "seed": 1})
-    derived = with_hyperparameters(plans, "Quick", {"num_epochs": 7})
-    assert derived["ssl"] == {"num_epochs": 7, "seed": 1}
+    before = {"num_epochs": 5, "seed": 1, "A": {"x": 1, "y": 2}, "B": {"x": 3}}
+    plans = make_plans((32, 32), ssl=copy.deepcopy(before))
+    values = {"num_epochs": 7, "A": {"y": 4, "z": 5}, "C": {"x": 6}}
+    derived = with_hyperparameters(plans, "Quick", values)
+    merged = {"num_epochs": 7, "seed": 1, "A": {"x": 1, "y": 4, "z": 5}, "B": {"x": 3}, "C": {"x": 6}}
+    assert derived["ssl"] == merged
     assert derived["plans_name"] == "Quick"
-    assert plans["ssl"] == {"num_epochs": 5, "seed": 1}
+    derived["ssl"]["A"]["x"] = derived["ssl"]["C"]["x"] = 0
+    assert plans["ssl"] == before
+    assert values["C"] == {"x": 6}
     assert plans["plans_name"] == "nnUNetPlans"
 
 
@@ -100,9 +106,13 @@ def configure(*options: str) -> int:
 
 
 def test_configure_writes_a_plans_file(preprocessed, capsys):
-    assert configure("--set", "num_epochs=20", "--set", "mirror_axes=[]", "--set", "interpolation=nearest") == 0
+    assert configure("--set", "num_epochs=20", "--set", "mirror_axes=[]", "SemiTC.interpolation=nearest") == 0
     written = json.loads((preprocessed / "Quick.json").read_text())
-    assert written["ssl"] == {"num_epochs": 20, "mirror_axes": [], "interpolation": "nearest"}
+    assert written["ssl"] == {
+        "num_epochs": 20,
+        "mirror_axes": [],
+        "SemiTC": {"interpolation": "nearest"},
+    }
     assert written["plans_name"] == "Quick"
     assert "train with -p Quick" in capsys.readouterr().out
     assert configure() == 2
@@ -117,6 +127,7 @@ def test_configure_writes_a_plans_file(preprocessed, capsys):
         (("--set", "epochs=3"), "Unknown hyper-parameter 'epochs'"),
         (("--set", "num_epochs"), "expected NAME=VALUE"),
         (("--set", "num_epochs=many"), "must be a whole number, got 'many'"),
+        (("--set", "interpolation=nearest"), "write SupTC.interpolation (SemiTC and SemiTCPlus read it too)."),
         (("--downscale", "2"), "Name the configuration whose network to change with -c"),
         (("-p", "Missing"), "Missing.json is missing"),
     ],

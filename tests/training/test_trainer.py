@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -287,10 +288,9 @@ def test_nnunet_finds_every_trainer_and_they_can_be_pickled(monkeypatch):
 
 
 def test_the_folder_re_exports_every_trainer_and_nothing_else():
-    namespace: dict = {}
     (file,) = trainers_folder().glob("*.py")
-    exec(file.read_text(), namespace)
-    assert set(namespace["__all__"]) == {t.__name__ for t in TRAINERS}
+    exported = {name: value for name, value in runpy.run_path(str(file)).items() if not name.startswith("__")}
+    assert exported == {t.__name__: t for t in TRAINERS}
 
 
 def test_the_wrong_folder_is_explained(tmp_path):
