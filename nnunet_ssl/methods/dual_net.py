@@ -105,11 +105,11 @@ class nnUNetTrainerDualNet(SemiSupervisedTrainer):
         student = 1 - teacher
         self._teacher = teacher
         if self._taps:
-            student_outputs, features = self._taps[student](unlabeled["data"])
+            student_outputs, features = self._taps[student](unlabeled["strong"])
         else:
-            student_outputs, features = self.networks[student](unlabeled["data"]), None
+            student_outputs, features = self.networks[student](unlabeled["strong"]), None
         with torch.no_grad():
-            seen = unlabeled["weak" if self.wants_weak_view else "data"]
+            seen = unlabeled["weak" if self.wants_weak_view else "strong"]
             teacher_logits = full_resolution(self.networks[teacher](seen))
         values = self.student_terms(
             [full_resolution(student_outputs), logits[student]], [teacher_logits, logits[teacher].detach()], features

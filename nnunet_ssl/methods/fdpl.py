@@ -121,8 +121,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer):
         margin = self.unlabeled_margin
         shift = draw_shift(margin, self.generator)
         no_shift = [0] * len(margin)
-        center = shifted_crop(unlabeled["data"], margin, no_shift)
-        weak = unlabeled["weak" if self.wants_weak_view else "data"]
+        center = shifted_crop(unlabeled["strong"], margin, no_shift)
+        weak = unlabeled["weak" if self.wants_weak_view else "strong"]
         to_label = shifted_crop(weak, margin, no_shift), shifted_crop(weak, margin, shift)
         boxes = None
         if self.hp.cutmix:

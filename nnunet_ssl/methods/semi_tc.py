@@ -89,7 +89,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer):
         data, target = labeled["data"], labeled["target"]
         num_labeled = len(data)
         if unlabeled is not None:
-            data = torch.cat([data, unlabeled["data"]])
+            data = torch.cat([data, unlabeled["strong"]])
         u1, u2 = self.draw_displacement(data), self.draw_displacement(data)
         margin = self.grid(tuple(data.shape[2:])).margin
         t1, t2 = without_margin(u1, margin), without_margin(u2, margin)

@@ -24,14 +24,14 @@ from torch.optim import Optimizer
 from nnunet_ssl.blocks.networks import bare, set_deep_supervision
 from nnunet_ssl.blocks.partner import build_partner
 from nnunet_ssl.data.augmentation import Augmentation, adjust, check_mirror_axes, warning_about_sides
-from nnunet_ssl.data.batches import LabeledBatches, describe_training, share_batch, to_device
+from nnunet_ssl.data.batches import Labeled, LabeledBatches, Unlabeled, describe_training, share_batch
 from nnunet_ssl.data.cases import UnlabeledCase, cases_with_ignored_voxels, find_unlabeled_cases, hidden_cases
-from nnunet_ssl.data.loader import make_unlabeled_loader
+from nnunet_ssl.data.loader import LoaderSettings, make_unlabeled_loader
 from nnunet_ssl.data.preprocessing import preprocessing_settings
-from nnunet_ssl.data.previous_stage import check_complete, check_no_hidden_labels, previous_stage
-from nnunet_ssl.data.splits import read_splits
+from nnunet_ssl.data.previous_stage import PreviousStage, check_complete, check_no_hidden_labels
+from nnunet_ssl.data.splits import check_preprocessed, read_splits
+from nnunet_ssl.data.views import STRONG, WEAK
 from nnunet_ssl.data.workers import WatchedAugmenter
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet.checks import check_configuration, check_dataset_json, check_labels_of_cases, using
 from nnunet_ssl.nnunet.patching import replaced_in_trainer_module
 from nnunet_ssl.nnunet.trainers_folder import check_found_through_trainers_folder
@@ -190,7 +190,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         with replaced_in_trainer_module(NonDetMultiThreadedAugmenter=watched):
             labeled, validation = super().get_dataloaders()
         if self.uses_unlabeled:
-            self.dataloader_unlabeled = make_unlabeled_loader(self, self._unlabeled_cases, self._augmentation)
+            self.dataloader_unlabeled = make_unlabeled_loader(self._unlabeled_cases, self.loader_settings())
         return labeled, validation
 
     def do_split(self) -> tuple[list[str], list[str]]:
@@ -203,12 +203,8 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if self.fold != "all" and os.path.isfile(file):
             read_splits(file)
         train, val = super().do_split()
-        missing = {*train, *val} - set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-        if missing:
-            raise UserError(
-                f"{len(missing)} cases of fold {self.fold} are not preprocessed in {self.preprocessed_dataset_folder}, "
-                f"e.g. {min(missing)!r}. Run nnUNetv2_preprocess for this configuration, or correct {file}."
-            )
+        folder = self.preprocessed_dataset_folder
+        check_preprocessed([*train, *val], self.dataset_class.get_identifiers(folder), folder, self.fold, file)
         return train, val
 
     def on_train_start(self) -> None:
@@ -219,16 +215,18 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         cases = self.dataset_class(self.preprocessed_dataset_folder, sorted({*train, *val}))
         check_labels_of_cases(((c, cases.load_case(c)[3]) for c in cases.identifiers), self.label_manager)
         # All trainers alike: the first stage's segmentations tell of hidden labels, whoever learns from them.
-        check_no_hidden_labels(self, hidden_cases(self.preprocessed_dataset_folder, self.fold))
+        hidden = hidden_cases(self.preprocessed_dataset_folder, self.fold)
+        check_no_hidden_labels(self.previous_stage, hidden, self.fold, self.configuration_name)
         if self.uses_unlabeled:
             self._unlabeled_cases = self.find_unlabeled_cases()
             self._share_batch(len(train), len(self._unlabeled_cases))
-            self.print_to_log_file(describe_training(self, self._unlabeled_cases))
+            shares = self.batch_size, self.unlabeled_batch_size
+            self.print_to_log_file(describe_training(self._unlabeled_cases, *shares, self.switch_epoch > 0))
         super().on_train_start()
         if self.local_rank == 0:
             write_record(self, self._unlabeled_cases)
             if self.uses_unlabeled:
-                self.monitor = Monitor(self._unlabeled_cases, self.unlabeled_patch_size, previous_stage(self))
+                self.monitor = Monitor(self._unlabeled_cases, self.unlabeled_patch_size, self.previous_stage)
         if self._state_to_restore is not None:
             # Only now: making the loaders has drawn from the generators.
             if not restore_random_state(self._state_to_restore, self.device, self.generator):
@@ -249,17 +247,18 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One optimizer step on the labeled batch and an unlabeled (stage 1: labeled) one; none if it is not finite."""
-        labeled, unlabeled = to_device(batch, self.device), None
+        labeled, unlabeled = Labeled.of(batch).to(self.device), None
         if self.dataloader_unlabeled is not None:
             if self.in_second_stage:
-                unlabeled = to_device(next(self.dataloader_unlabeled), self.device)
+                unlabeled = Unlabeled.of(next(self.dataloader_unlabeled)).to(self.device)
             else:
                 whole = self.batch_size + self.unlabeled_batch_size
                 labeled = self._stage_1.fill(labeled, self.dataloader_train, whole)
         self.optimizer.zero_grad(set_to_none=True)
         self.labeled_overlap = None
         with self.autocast():
-            full = self.loss_terms(labeled, unlabeled)
+            with_labels = {"data": labeled.images, "target": labeled.target, "keys": labeled.keys}
+            full = self.loss_terms(with_labels, None if unlabeled is None else unlabeled.views)
             terms = scaled(full, self.unlabeled_terms, self.learned.share())
             total = weighted_sum(terms)
         norms = backward(total, self.networks, self.optimizer, self.grad_scaler)
@@ -279,7 +278,7 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         if is_finite and len(counts):
             self.learned.note(counts.reshape(self.learned.counts.shape))
         by_name = dict(zip(self.logger.local_logger.step_names, logged.tolist()))
-        keys = [*labeled["keys"], *(unlabeled["keys"] if unlabeled is not None else ())]
+        keys = [*labeled.keys, *(unlabeled.keys if unlabeled is not None else ())]
         self._guard.note(is_finite, {name: by_name[name] for name in terms}, keys)
         self.after_step()
         self._unlabeled_terms_are_on = any(full[name].weight > 0 for name in self.unlabeled_terms if name in full)
@@ -381,10 +380,31 @@ class SemiSupervisedTrainer(Method, nnUNetTrainer):
         cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive, partly)
         for note in notes:
             self.print_to_log_file(note)
-        stage = previous_stage(self)
-        if stage is not None:
-            check_complete(stage, cases, self)
+        plans = self.plans_manager
+        names = plans.dataset_name, self.configuration_name, plans.plans_name, type(self).__name__
+        check_complete(self.previous_stage, cases, *names)
         return cases
+
+    @property
+    def previous_stage(self) -> PreviousStage | None:
+        """What the second stage of a cascade reads; None for other configurations."""
+        return PreviousStage.of(self.folder_with_segs_from_previous_stage, self.label_manager.foreground_labels)
+
+    def loader_settings(self) -> LoaderSettings:
+        """What the unlabeled loader is asked for."""
+        return LoaderSettings(
+            batch_size=self.unlabeled_batch_size,
+            patch_size=self.unlabeled_patch_size,
+            network_patch_size=self.configuration_manager.patch_size,
+            views=(STRONG, WEAK) if self.wants_weak_view else (STRONG,),
+            augmentation=self._augmentation,
+            make_transforms=self.get_training_transforms,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            label_manager=self.label_manager,
+            previous_stage=self.previous_stage,
+            pin_memory=self.device.type == "cuda",
+            timeout=self.hp.loader_timeout,
+        )
 
     @classmethod
     def _read_hyperparameters(cls, plans: dict[str, Any]) -> Any:
