@@ -1,25 +1,102 @@
-"""Batches: how the plan's is shared, and how stage 1 fills it."""
+"""Batches: what a method gets, how the plan's is shared, and how stage 1 fills it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.data.views import STRONG, STRONG_2, VIEWS, WEAK
 
 
-def describe_training(trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledCase]) -> str:
-    """One line for the log: "Training with 95 unlabeled cases (95 hidden label), 2 labeled + 2 unlabeled per batch"."""
+@dataclasses.dataclass(frozen=True)
+class Labeled:
+    """Labeled examples.
+
+    Attributes:
+        images: (B, C, *S).
+        target: At full resolution, labels (B, 1, *S) or region channels (B, R, *S).
+        keys: Identifiers of the B cases.
+    """
+
+    images: Tensor
+    target: Tensor
+    keys: list[str]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Labeled:
+        """From what nnU-Net's loader gives."""
+        return cls(batch["data"], batch["target"], list(batch["keys"]))
+
+    def to(self, device: torch.device) -> Labeled:
+        """The same on a device."""
+        images, target = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.target))
+        return Labeled(images, target, self.keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlabeled:
+    """Unlabeled examples, in the views that a method declares.
+
+    Attributes:
+        keys: Identifiers of the B cases.
+        views: By name, each (B, C, *(S + 2 unlabeled_margin)). All show the same patches, voxel by voxel.
+    """
+
+    keys: list[str]
+    views: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Unlabeled:
+        """From what the unlabeled loader gives."""
+        return cls(list(batch["keys"]), {name: batch[name] for name in VIEWS if name in batch})
+
+    def to(self, device: torch.device) -> Unlabeled:
+        """The same on a device."""
+        return Unlabeled(self.keys, {name: view.to(device, non_blocking=True) for name, view in self.views.items()})
+
+    @property
+    def strong(self) -> Tensor:
+        """The patches with all of nnU-Net's augmentation."""
+        return self._view(STRONG)
+
+    @property
+    def weak(self) -> Tensor:
+        """The patches without changes of their intensities."""
+        return self._view(WEAK)
+
+    @property
+    def strong_2(self) -> Tensor:
+        """Like ``strong``, with intensities drawn anew."""
+        return self._view(STRONG_2)
+
+    def _view(self, name: str) -> Tensor:
+        if name not in self.views:
+            raise AttributeError(
+                f"There is no view {name!r} of these unlabeled images, there is {', '.join(self.views)}. Declare it: "
+                f"add {name!r} to the method's `views`."
+            )
+        return self.views[name]
+
+
+def describe_training(cases: Sequence[UnlabeledCase], labeled: int, unlabeled: int, has_stage_1: bool) -> str:
+    """One line for the log: "Training with 95 unlabeled cases (95 hidden label), 2 labeled + 2 unlabeled per batch".
+
+    Args:
+        cases: The unlabeled ones.
+        labeled: Examples per batch.
+        unlabeled: The same.
+        has_stage_1: Whether training starts with labels alone.
+    """
     counts = ", ".join(f"{n} {source}" for source, n in sorted(Counter(case.source for case in cases).items()))
-    batch = f"{trainer.batch_size} labeled + {trainer.unlabeled_batch_size} unlabeled per batch"
-    total = trainer.batch_size + trainer.unlabeled_batch_size
-    first = f", all {total} labeled in stage 1" if trainer.switch_epoch else ""
+    batch = f"{labeled} labeled + {unlabeled} unlabeled per batch"
+    first = f", all {labeled + unlabeled} labeled in stage 1" if has_stage_1 else ""
     return f"Training with {len(cases)} unlabeled cases ({counts}), {batch}{first}"
 
 
@@ -59,28 +136,22 @@ class LabeledBatches:
     """
 
     def __init__(self) -> None:
-        self._rest: list[dict[str, Any]] = []
+        self._rest: list[Labeled] = []
 
-    def fill(self, batch: dict[str, Any], more: Iterator[dict[str, Any]], total: int) -> dict[str, Any]:
+    def fill(self, batch: Labeled, more: Iterator[Mapping[str, Any]], total: int) -> Labeled:
         """A batch of ``total`` examples.
 
         Args:
-            batch: Its first examples, after those that the last batch left over: ``data`` and ``target`` on a device,
-                and ``keys``.
-            more: Where to draw further ones. They are joined on the device of ``batch``, as a copy that joins them on
-                the host would not lie in pinned memory.
+            batch: Its first examples, after those that the last batch left over, on a device.
+            more: Where to draw further ones, as nnU-Net's loader gives them. They are joined on the device of
+                ``batch``, as a copy that joins them on the host would not lie in pinned memory.
             total: Wanted examples.
         """
         parts = [*self._rest, batch]
-        while sum(len(part["data"]) for part in parts) < total:
-            parts.append(to_device(next(more), batch["data"].device))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in ("data", "target")}
-        keys = [key for part in parts for key in part["keys"]]
-        rest = {name: values[total:] for name, values in tensors.items()} | {"keys": keys[total:]}
-        self._rest = [rest] if len(rest["data"]) else []
-        return {name: values[:total] for name, values in tensors.items()} | {"keys": keys[:total]}
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on a device; what is no tensor stays."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        while sum(len(part.images) for part in parts) < total:
+            parts.append(Labeled.of(next(more)).to(batch.images.device))
+        images, target = (torch.cat(tensors) for tensors in zip(*((part.images, part.target) for part in parts)))
+        keys = [key for part in parts for key in part.keys]
+        rest = Labeled(images[total:], target[total:], keys[total:])
+        self._rest = [rest] if len(rest.images) else []
+        return Labeled(images[:total], target[:total], keys[:total])

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
@@ -22,10 +22,6 @@ from nnunet_ssl.data.preprocessing import (
 from nnunet_ssl.data.raw_images import TEST_FOLDER, UNLABELED_FOLDER, raw_identifiers
 from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 # Why the images of a fold's validation cases count as unlabeled, in transductive trainers.
 TRANSDUCTIVE = "validation image"

@@ -6,9 +6,10 @@ reads the image file alone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -18,14 +19,13 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from nnunet_ssl.data.augmentation import Augmentation, initial_patch_size
-from nnunet_ssl.data.previous_stage import PreviousStage, previous_stage
-from nnunet_ssl.data.workers import in_background_workers
-
-if TYPE_CHECKING:
-    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.data.previous_stage import PreviousStage
+from nnunet_ssl.data.views import STRONG, Views
+from nnunet_ssl.data.workers import in_background_workers
 
 # Of order-3 splines in regions of zeros, in units of the normalized image's standard deviation.
 _RESAMPLING_NOISE = 0.01
@@ -53,8 +53,7 @@ class UnlabeledDataset:
 class UnlabeledDataLoader(nnUNetDataLoader):
     """Random patches of unlabeled images, with nnU-Net's cropping and the transforms it is given.
 
-    Yields ``{"data": (B, C, *S) float32, "keys": B identifiers}``, and where wanted ``"weak"`` like ``"data"``: the
-    same patches, moved the same way, without changes of their intensities.
+    Yields every wanted view by its name, (B, C, *S) float32, and ``keys``, the B identifiers.
 
     Args:
         dataset: Image-only view.
@@ -63,12 +62,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         final_patch_size: The patch of the network, in voxels. What transforms return may exceed it by margins that hang
             over the image's border: the middle then lies wherever nnU-Net would put a patch.
         label_manager: Asked for by nnU-Net's loader; no label is ever read.
-        transforms: Applied to the image of each example.
-        previous_stage: What the second stage of a cascade sees besides the image: further channels of what the
-            transforms return.
+        transforms: nnU-Net's, for the image of each example; None for none.
         masked_channels: Channels that the plans normalize inside nnU-Net's mask of nonzero voxels. Where there are
             any, the transforms get that mask as ``segmentation`` (-1 outside, 0 inside), found from the image alone.
-        weak: Whether to yield weakly augmented patches too.
+        previous_stage: What the second stage of a cascade sees besides the image: further channels of what the
+            transforms return.
+        views: Wanted views, see ``Views``.
     """
 
     def __init__(
@@ -81,12 +80,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         transforms: BasicTransform | None = None,
         masked_channels: Sequence[int] = (),
         previous_stage: PreviousStage | None = None,
-        weak: bool = False,
+        views: Sequence[str] = (STRONG,),
     ) -> None:
-        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, transforms=transforms)
+        in_views = Views(transforms, views)
+        super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, transforms=in_views)
         self.masked_channels = list(masked_channels)
         self.previous_stage = previous_stage
-        self.weak = weak
         # With an ignore label nnU-Net's cropping looks for annotated voxels. There are none here.
         self.has_ignore = False
 
@@ -95,37 +94,26 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         keys = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             examples = [self._example(key) for key in keys]
-        names = ("data", "weak") if self.weak else ("data",)
-        return {name: torch.stack(images) for name, images in zip(names, zip(*examples))} | {"keys": keys}
+        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]} | {"keys": keys}
 
-    def _example(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _example(self, key: str) -> dict[str, Tensor]:
         image = self._data.load_image(key)
         lower, upper = self.get_bbox(image.shape[1:], False, None)
         box = [[low, high] for low, high in zip(lower, upper)]
         patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
         if self.patch_size_was_2d:
             patch = patch[:, 0]
-        if self.transforms is None:
-            return patch, patch
         data = {"image": patch}
-        if self.weak:
-            # What nnU-Net's transforms move like an image, and leave alone where they change intensities.
-            data["regression_target"] = patch.clone()
         if self.masked_channels:
             data["segmentation"] = outside_of_mask(patch[self.masked_channels]).to(torch.int16).neg()
-        if self.previous_stage is None:
-            transformed = self.transforms(**data)
-            return transformed["image"], transformed.get("regression_target")
-        cropped = crop_and_pad_nd(self.previous_stage.load(key), box, -1, cast_cropped_to=np.int16)
-        previous = torch.from_numpy(cropped)[None]
-        mask = data.get("segmentation", torch.zeros_like(previous))
-        # nnU-Net's transforms turn channel 1 into further channels of the image, and change them: the weak view's come
-        # from a second copy.
-        transformed = self.transforms(**data | {"segmentation": torch.cat([mask, previous, previous])})
-        image, weak = transformed["image"], transformed.get("regression_target")
-        if weak is None:
-            return image, image
-        return image, torch.cat([weak, self.previous_stage.one_hot(transformed["segmentation"][1])])
+        if self.previous_stage is not None:
+            cropped = crop_and_pad_nd(self.previous_stage.load(key), box, -1, cast_cropped_to=np.int16)
+            previous = torch.from_numpy(cropped)[None]
+            # nnU-Net's transforms look for the previous segmentation behind the mask.
+            mask = data.get("segmentation", torch.zeros_like(previous))
+            data["segmentation"] = torch.cat([mask, previous])
+        views: dict[str, Tensor] = self.transforms(**data)
+        return views
 
 
 def outside_of_mask(image: torch.Tensor) -> torch.Tensor:
@@ -146,36 +134,65 @@ def outside_of_mask(image: torch.Tensor) -> torch.Tensor:
     return pool(eroded.float(), 3, stride=1, padding=1) > 0
 
 
-def make_unlabeled_loader(
-    trainer: SemiSupervisedTrainer, cases: Sequence[UnlabeledCase], augmentation: Augmentation
-) -> Iterator[dict[str, Any]]:
-    """A trainer's loader of unlabeled batches, with the augmentation of its labeled ones, in background workers.
+@dataclasses.dataclass(frozen=True)
+class LoaderSettings:
+    """What a training asks of its loader of unlabeled batches.
+
+    Attributes:
+        batch_size: Examples per batch.
+        patch_size: Of the views, in voxels per axis; the network's, or more by margins.
+        network_patch_size: In voxels per axis.
+        views: Wanted views, see ``Views``.
+        augmentation: That of the labeled batches.
+        make_transforms: nnUNetTrainer.get_training_transforms, or one with its arguments.
+        use_mask_for_norm: Per channel of the image, whether the plans normalize it inside nnU-Net's mask.
+        label_manager: nnU-Net's.
+        previous_stage: For the second stage of a cascade.
+        pin_memory: Whether batches go to a GPU.
+        timeout: How long to wait for a batch, in seconds.
+    """
+
+    batch_size: int
+    patch_size: Sequence[int]
+    network_patch_size: Sequence[int]
+    views: Sequence[str]
+    augmentation: Augmentation
+    make_transforms: Callable[..., BasicTransform]
+    use_mask_for_norm: Sequence[bool]
+    label_manager: LabelManager
+    previous_stage: PreviousStage | None
+    pin_memory: bool
+    timeout: float
+
+
+def make_unlabeled_loader(cases: Sequence[UnlabeledCase], settings: LoaderSettings) -> Iterator[dict[str, Any]]:
+    """A loader of unlabeled batches, with the augmentation of labeled ones, in background workers.
 
     Args:
-        trainer: Says patch, batch and normalization.
         cases: What to draw from.
-        augmentation: The trainer's.
+        settings: Patch, batch, views and normalization.
     """
-    rotation, slice_by_slice, _, mirror_axes = augmentation
-    patch_size, masked = trainer.unlabeled_patch_size, trainer.configuration_manager.use_mask_for_norm
+    rotation, slice_by_slice, _, mirror_axes = settings.augmentation
+    masked = settings.use_mask_for_norm
+    transforms = settings.make_transforms(
+        settings.patch_size,
+        rotation,
+        None,
+        mirror_axes,
+        slice_by_slice,
+        use_mask_for_norm=masked,
+        is_cascaded=settings.previous_stage is not None,
+        foreground_labels=settings.label_manager.foreground_labels,
+    )
     loader = UnlabeledDataLoader(
         UnlabeledDataset(cases),
-        trainer.unlabeled_batch_size,
-        initial_patch_size(patch_size, rotation, slice_by_slice),
-        trainer.configuration_manager.patch_size,
-        trainer.label_manager,
-        trainer.get_training_transforms(
-            patch_size,
-            rotation,
-            None,
-            mirror_axes,
-            slice_by_slice,
-            use_mask_for_norm=masked,
-            is_cascaded=trainer.is_cascaded,
-            foreground_labels=trainer.label_manager.foreground_labels,
-        ),
+        settings.batch_size,
+        initial_patch_size(settings.patch_size, rotation, slice_by_slice),
+        settings.network_patch_size,
+        settings.label_manager,
+        transforms,
         masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
-        previous_stage=previous_stage(trainer),
-        weak=trainer.wants_weak_view,
+        previous_stage=settings.previous_stage,
+        views=settings.views,
     )
-    return in_background_workers(loader, trainer.device.type == "cuda", trainer.hp.loader_timeout)
+    return in_background_workers(loader, settings.pin_memory, settings.timeout)

@@ -7,18 +7,15 @@ the loader makes of them; ``prediction`` makes those of images that belong to no
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import blosc2
 import torch
 from torch import Tensor
 
+from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.errors import UserError
-
-if TYPE_CHECKING:
-    from nnunet_ssl.data.cases import UnlabeledCase
-    from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 
 class PreviousStage(NamedTuple):
@@ -26,6 +23,11 @@ class PreviousStage(NamedTuple):
 
     folder: str
     labels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: str | None, labels: Iterable[int]) -> PreviousStage | None:
+        """What the second stage reads; None for other configurations, for which nnU-Net names no folder."""
+        return None if folder is None else cls(folder, tuple(labels))
 
     def load(self, identifier: str) -> blosc2.NDArray:
         """A segmentation (*S) in the voxels of the second stage; read as it is sliced."""
@@ -36,33 +38,52 @@ class PreviousStage(NamedTuple):
         return torch.stack([segmentation == label for label in self.labels]).float()
 
 
-def previous_stage(trainer: SemiSupervisedTrainer) -> PreviousStage | None:
-    """What a trainer of a second stage reads; None for other configurations."""
-    folder = trainer.folder_with_segs_from_previous_stage
-    return None if folder is None else PreviousStage(folder, tuple(trainer.label_manager.foreground_labels))
-
-
-def check_no_hidden_labels(trainer: SemiSupervisedTrainer, hidden: Sequence[str]) -> None:
+def check_no_hidden_labels(
+    stage: PreviousStage | None, hidden: Sequence[str], fold: int | str, configuration: str
+) -> None:
     """Refuse second stages on folds that hide labels.
+
+    Args:
+        stage: None for other configurations, which may hide what they like.
+        hidden: Cases whose labels the fold hides.
+        fold: That is trained.
+        configuration: That is trained.
 
     Raises:
         UserError: All folds of the first stage write their segmentations into one folder, and some of them have
             learned from labels that this fold hides.
     """
-    if hidden and previous_stage(trainer) is not None:
+    if hidden and stage is not None:
         raise UserError(
-            f"Fold {trainer.fold} hides the labels of {len(hidden)} cases, but the previous stage's segmentations come "
-            f"from folds that have learned from them. Train {trainer.configuration_name} with images in imagesUn and "
-            f"nnU-Net's own folds; for experiments with hidden labels use 3d_fullres."
+            f"Fold {fold} hides the labels of {len(hidden)} cases, but the previous stage's segmentations come from "
+            f"folds that have learned from them. Train {configuration} with images in imagesUn and nnU-Net's own "
+            f"folds; for experiments with hidden labels use 3d_fullres."
         )
 
 
-def check_complete(stage: PreviousStage, cases: Sequence[UnlabeledCase], trainer: SemiSupervisedTrainer) -> None:
+def check_complete(
+    stage: PreviousStage | None,
+    cases: Sequence[UnlabeledCase],
+    dataset: str,
+    configuration: str,
+    plans: str,
+    trainer: str,
+) -> None:
     """Refuse to train where segmentations of unlabeled cases are missing, or of another size than the image.
+
+    Args:
+        stage: Where they lie; None for other configurations, which need none.
+        cases: Those that need one.
+        dataset: Name of the data set; this and the following are the options of the command that makes them.
+        configuration: Of the second stage.
+        plans: Name of the plans.
+        trainer: Name of the trainer of both stages.
 
     Raises:
         UserError: Naming the command that makes them.
     """
+    if stage is None:
+        return
 
     def fits(case: UnlabeledCase) -> bool:
         if not os.path.isfile(os.path.join(stage.folder, f"{case.identifier}.b2nd")):
@@ -72,11 +93,9 @@ def check_complete(stage: PreviousStage, cases: Sequence[UnlabeledCase], trainer
 
     missing = [case.identifier for case in cases if not fits(case)]
     if missing:
-        plans = trainer.plans_manager
         raise UserError(
             f"{len(missing)} of {len(cases)} unlabeled cases have no segmentation of the previous stage that fits them "
             f"in {stage.folder}, e.g. {missing[0]}. For images of imagesUn and imagesTs run 'nnunet-ssl cascade -d "
-            f"{plans.dataset_name} -c {trainer.configuration_name} -p {plans.plans_name} -tr {type(trainer).__name__} "
-            f"-f FOLDS' with the folds of the previous stage; for cases of the data set train the folds of the "
-            f"previous stage that hold them out."
+            f"{dataset} -c {configuration} -p {plans} -tr {trainer} -f FOLDS' with the folds of the previous stage; "
+            f"for cases of the data set train the folds of the previous stage that hold them out."
         )

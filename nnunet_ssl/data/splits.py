@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,29 @@ def read_splits(splits_file: str) -> list[dict[str, Any]]:
         UserError: Naming the fold that is wrong.
     """
     return check_splits(read_json(Path(splits_file), "nnU-Net makes it when it trains first."), splits_file)
+
+
+def check_preprocessed(
+    cases: Iterable[str], preprocessed: Iterable[str], folder: str, fold: int | str, splits_file: str
+) -> None:
+    """Refuse a fold with cases that are not preprocessed.
+
+    Args:
+        cases: Training and validation cases of the fold.
+        preprocessed: Those in the folder.
+        folder: The configuration's folder of preprocessed cases.
+        fold: As the error names it.
+        splits_file: The same.
+
+    Raises:
+        UserError: Naming one of them.
+    """
+    missing = set(cases) - set(preprocessed)
+    if missing:
+        raise UserError(
+            f"{len(missing)} cases of fold {fold} are not preprocessed in {folder}, e.g. {min(missing)!r}. Run "
+            f"nnUNetv2_preprocess for this configuration, or correct {splits_file}."
+        )
 
 
 def hide_labels(

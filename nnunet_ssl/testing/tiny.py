@@ -216,5 +216,5 @@ class TinyDataset:
         data = torch.randn((labeled, *size), generator=rng)
         larger = getattr(trainer, "unlabeled_patch_size", self.patch)
         unlabeled_size = (max(1, getattr(trainer, "unlabeled_batch_size", 0)), self.channels, *larger)
-        unlabeled, weak = (torch.randn(unlabeled_size, generator=rng) for _ in range(2))
-        return {"data": data, "target": target, "keys": []}, {"data": unlabeled, "weak": weak, "keys": []}
+        strong, weak = (torch.randn(unlabeled_size, generator=rng) for _ in range(2))
+        return {"data": data, "target": target, "keys": []}, {"strong": strong, "weak": weak, "keys": []}

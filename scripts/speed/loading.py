@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import subprocess
@@ -20,6 +21,7 @@ from timing import header, peak_of_process, row
 from nnunet_ssl.data.cases import find_unlabeled_cases
 from nnunet_ssl.data.loader import make_unlabeled_loader
 from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
+from nnunet_ssl.data.views import STRONG, STRONG_2
 
 _NUM_CASES = 4
 # More batches than the loaders' queues hold.
@@ -44,8 +46,19 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def loading(cls: type, case: Case, device: torch.device, folder: Path, workers: int) -> Iterator[Any]:
-    """A trainer whose loaders run, on cases of twice the patch's sides in a folder of their own."""
+def loading(
+    cls: type, case: Case, device: torch.device, folder: Path, workers: int, views: Sequence[str] = ()
+) -> Iterator[Any]:
+    """A trainer whose loaders run, on cases of twice the patch's sides in a folder of their own.
+
+    Args:
+        cls: The trainer's.
+        case: What it trains.
+        device: Where.
+        folder: Of the cases; made if missing.
+        workers: nnU-Net's setting.
+        views: Of unlabeled images, instead of those that the trainer asks for.
+    """
     os.environ["nnUNet_n_proc_DA"] = str(workers)
     use_folders(folder)
     preprocessed = folder / "nnUNet_preprocessed"
@@ -55,6 +68,9 @@ def loading(cls: type, case: Case, device: torch.device, folder: Path, workers: 
     with contextlib.redirect_stdout(io.StringIO()):
         if getattr(trainer, "uses_unlabeled", False):
             trainer._unlabeled_cases = trainer.find_unlabeled_cases()
+        if views:
+            own = trainer.loader_settings
+            trainer.loader_settings = lambda: dataclasses.replace(own(), views=views)
         trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
     loaders = [trainer.dataloader_train, trainer.dataloader_val, getattr(trainer, "dataloader_unlabeled", None)]
     try:
@@ -101,16 +117,22 @@ def loader_speed(
 ) -> None:
     """Samples per second of the stock trainer's loader and of the unlabeled ones, by nnU-Net's setting of workers.
 
-    FDPL's has larger patches and a second view of each, SemiTC's is the plain one. One loader runs at a time. The
-    unlabeled ones have half as many processes, at least one, for half as many samples per step.
+    FDPL's has larger patches and a weak view of each, SemiTC's is the plain one, here also with a second strong view.
+    One loader runs at a time. The unlabeled ones have half as many processes, at least one, for half as many samples
+    per step.
     """
-    names = ("stock", "SemiTC", "FDPL")
-    header("samples per second", "workers", "stock, labeled", *(f"{name}, unlabeled" for name in names[1:]))
+    columns = {
+        "stock, labeled": ("stock", ()),
+        "SemiTC, unlabeled": ("SemiTC", ()),
+        "FDPL, unlabeled": ("FDPL", ()),
+        "SemiTC, two strong views": ("SemiTC", (STRONG, STRONG_2)),
+    }
+    header("samples per second", "workers", *columns)
     for number, case in cases.items():
         for count in workers:
             cells = []
-            for name in names:
-                with loading(MEASURED[name], case, device, folder / str(number), count) as trainer:
+            for name, views in columns.values():
+                with loading(MEASURED[name], case, device, folder / str(number), count, views) as trainer:
                     is_stock = name == "stock"
                     source = trainer.dataloader_train if is_stock else trainer.dataloader_unlabeled
                     size = trainer.batch_size if is_stock else trainer.unlabeled_batch_size
@@ -150,8 +172,8 @@ def start_with_list(length: int, folder: Path) -> tuple[float, float, float]:
     cases, _ = find_unlabeled_cases(str(base), str(raw.parent), settings, split, False)
     assert len(cases) == length
     found = time.perf_counter() - start
-    augmentation = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    loader = make_unlabeled_loader(trainer, cases, augmentation)
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    loader = make_unlabeled_loader(cases, trainer.loader_settings())
     next(loader)
     whole = time.perf_counter() - start
     memory = 1024 * (peak_of_process() - before)

@@ -196,8 +196,8 @@ def make_batches(trainer: nnUNetTrainer, case: Case) -> tuple[dict[str, Any], di
     channels, larger = trainer.num_input_channels, getattr(trainer, "unlabeled_patch_size", case.patch)
     data = torch.randn(labeled, channels, *case.patch)
     target = torch.randint(0, case.num_labels, (labeled, 1, *case.patch)).to(torch.int16)
-    images, weak = (torch.randn(unlabeled, channels, *larger) for _ in range(2))
-    return {"data": data, "target": target, "keys": []}, {"data": images, "weak": weak, "keys": []}
+    strong, weak = (torch.randn(unlabeled, channels, *larger) for _ in range(2))
+    return {"data": data, "target": target, "keys": []}, {"strong": strong, "weak": weak, "keys": []}
 
 
 def make_step(

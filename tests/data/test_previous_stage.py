@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.cli import main
 from nnunet_ssl.data.loader import make_unlabeled_loader
 from nnunet_ssl.data.preprocessing import SETTINGS_FILE, TEST_SUFFIX, UNLABELED_SUFFIX, preprocessing_settings
-from nnunet_ssl.data.previous_stage import previous_stage
+from nnunet_ssl.data.views import VIEWS
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC, nnUNetTrainerSupervised
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
@@ -91,11 +92,11 @@ def test_every_trainer_trains_the_second_stage(cascade, trainer_class):
 
 
 def test_unlabeled_images_keep_their_segmentation_through_augmentation(cascade):
-    """An image that shows its own segmentation: both are moved alike, in both views."""
+    """An image that shows its own segmentation: both are moved alike, in every view."""
     cascade.segmentations(nnUNetTrainerDualNet, (*cascade.labeled, *cascade.validation, *cascade.hidden))
     cascade.segmentations(nnUNetTrainerDualNet, cascade.unlabeled)
     trainer = cascade.initialized(nnUNetTrainerDualNet, supervised_fraction=0.0)
-    stage = previous_stage(trainer)
+    stage = trainer.previous_stage
     cases = [case for case in trainer.find_unlabeled_cases() if case.identifier in cascade.unlabeled]
     for case in cases:
         coarse = np.kron(np.random.default_rng(1).integers(0, 3, (4, 4, 4)), np.ones((4, 4, 4))).astype(np.uint8)
@@ -104,20 +105,22 @@ def test_unlabeled_images_keep_their_segmentation_through_augmentation(cascade):
         nnUNetDatasetBlosc2.save_seg(coarse, str(file)[: -len(".b2nd")], chunks_seg=(16,) * 3, blocks_seg=(16,) * 3)
         cascade._write_blosc(Path(case.folder) / f"{case.identifier}.b2nd", coarse[None].astype(np.float32))
     trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    loader = make_unlabeled_loader(trainer, cases, trainer._augmentation)
-    exact = changed = 0
+    loader = make_unlabeled_loader(cases, dataclasses.replace(trainer.loader_settings(), views=VIEWS))
+    exact = changed = different = 0
     for _ in range(30):
         batch = next(loader)
-        assert batch["data"].shape == batch["weak"].shape == (2, 3, *cascade.patch)
-        for strong, weak in zip(batch["data"], batch["weak"]):
+        assert all(batch[name].shape == (2, 3, *cascade.patch) for name in VIEWS)
+        for strong, weak, strong_2 in zip(*(batch[name] for name in VIEWS)):
             labels = weak[1] + 2 * weak[2]
             # Between labels 0 and 2 a moved image shows a 1; labels of other places would agree in a third.
             assert (labels == weak[0].round()).float().mean() > 0.75
             exact += torch.equal(labels, weak[0])
             changed += not torch.equal(strong[1:], weak[1:])
+            different += not torch.equal(strong[1:], strong_2[1:])
     assert exact > 10
-    # nnU-Net's augmentation of the previous segmentation is the student's alone.
+    # nnU-Net's augmentation of the previous segmentation is the students' alone, and each has its own.
     assert changed > 10
+    assert different > 10
 
 
 @pytest.mark.parametrize("cls", [nnUNetTrainerSemiTC, nnUNetTrainerSupervised], ids=lambda c: c.__name__)

@@ -45,8 +45,8 @@ def test_terms_equal_an_independent_computation(tiny, teacher, weak):
         z, w, z_l, w_l = (
             network(images)[0].numpy().astype(np.float64)
             for network, images in (
-                (student_network, unlabeled["data"]),
-                (teacher_network, unlabeled["weak" if weak else "data"]),
+                (student_network, unlabeled["strong"]),
+                (teacher_network, unlabeled["weak" if weak else "strong"]),
                 (student_network, labeled["data"]),
                 (teacher_network, labeled["data"]),
             )
@@ -166,7 +166,7 @@ def test_a_term_of_weight_zero_is_not_computed(tiny, term):
 def test_with_all_terms_off_unlabeled_images_are_not_even_looked_at(tiny):
     trainer = initialized(tiny, **{f"{term}_weight": 0.0 for term in TERMS})
     labeled, _ = tiny.batches(trainer)
-    terms = trainer.loss_terms(labeled, {"data": None})
+    terms = trainer.loss_terms(labeled, {"strong": None})
     assert set(terms) == {"supervised", "supervised_partner"}
 
 
@@ -195,7 +195,7 @@ def test_regions(tmp_path, ignore):
     labeled["target"] = torch.cat([labels >= 1, labels == 2] + ([ignored.bool()] if ignore else []), 1)
     terms = trainer.loss_terms(labeled, unlabeled)
     assert all(torch.isfinite(term.value) for term in terms.values())
-    assert log_probabilities(trainer.network(unlabeled["data"])[0], True).shape[1:3] == (2, 2)
+    assert log_probabilities(trainer.network(unlabeled["strong"])[0], True).shape[1:3] == (2, 2)
     sum(term.value for term in terms.values()).backward()
     if ignore:
         # Only in ignored voxels is the first one worse.

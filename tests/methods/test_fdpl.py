@@ -80,7 +80,7 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, we
     expected = [(margin, trainer.generator), (2, tiny.patch, 0.5, trainer.generator, torch.device("cpu"))]
     assert drawn == expected[: 1 + cutmix]
 
-    strong, to_label = (unlabeled[name].numpy() for name in ("data", "weak" if weak else "data"))
+    strong, to_label = (unlabeled[name].numpy() for name in ("strong", "weak" if weak else "strong"))
     at_center = (..., *[slice(m, m + s) for m, s in zip(margin, tiny.patch)])
     center = strong[at_center]
     shifted = to_label[(..., *[slice(m + o, m + o + s) for m, o, s in zip(margin, shift, tiny.patch)])]
@@ -152,7 +152,7 @@ def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size
 def test_pseudo_labels_have_the_form_of_targets(tiny, known):
     trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
-    crop = unlabeled["data"][..., 4:36, 4:36]
+    crop = unlabeled["strong"][..., 4:36, 4:36]
     outputs = trainer.network(crop)
     assert outputs[0].requires_grad
     known = outputs if known else None
@@ -254,11 +254,11 @@ def test_a_single_unlabeled_image_is_mixed_with_a_labeled_one_and_its_labels(tin
     original = trainer.supervised_loss
     monkeypatch.setattr(trainer, "supervised_loss", lambda o, t, *rest: seen.append(t) or original(o, t, *rest))
     labeled, unlabeled = tiny.batches(trainer)
-    assert len(unlabeled["data"]) == 1
+    assert len(unlabeled["strong"]) == 1
     spy = Spy(trainer.networks[1])
     trainer.loss_terms(labeled, unlabeled)
     image = spy.passes[0][0][1:]
-    center = unlabeled["data"][..., 4:36, 4:36]
+    center = unlabeled["strong"][..., 4:36, 4:36]
     assert torch.equal(image, torch.where(box, labeled["data"], center))
     # In the order of the terms: labels twice, then each kind for the first and the second network.
     for for_second in (seen[3], seen[5]):
@@ -329,11 +329,11 @@ def test_crops_show_what_nnunets_patches_show_and_padding_never_wraps(tmp_path, 
     stock = UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, trainer.label_manager)
     starts, stock_starts = set(), set()
     for _ in range(60):
-        data = loader.generate_train_batch()["data"]
+        data = loader.generate_train_batch()["strong"]
         center = mixing.shifted_crop(data, margin, [0] * len(margin))[0]
         origin = origin_of(center)
         starts.add(origin[-1])
-        stock_starts.add(origin_of(stock.generate_train_batch()["data"][0])[-1])
+        stock_starts.add(origin_of(stock.generate_train_batch()["strong"][0])[-1])
         shift = mixing.draw_shift(margin)
         crop = mixing.shifted_crop(data, margin, shift)[0]
         for start, shown in ((origin, center), (tuple(o + s for o, s in zip(origin, shift)), crop)):
@@ -366,11 +366,11 @@ def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkey
     monkeypatch.setattr(unlabeled_data, "in_background_workers", lambda loader, *_: made.append(loader))
     trainer = initialized(tiny, rotation_degrees=15)
     trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    unlabeled_data.make_unlabeled_loader(trainer, trainer.find_unlabeled_cases(), trainer._augmentation)
+    unlabeled_data.make_unlabeled_loader(trainer.find_unlabeled_cases(), trainer.loader_settings())
     angles = [(-np.pi / 12, np.pi / 12)] * 3
     assert tuple(made[0].patch_size[1:]) == tuple(get_patch_size((40, 40), *angles, (0.85, 1.25)))
     assert tuple(made[0].final_patch_size[1:]) == tiny.patch
-    assert made[0].generate_train_batch()["data"].shape == (2, 1, 40, 40)
+    assert made[0].generate_train_batch()["strong"].shape == (2, 1, 40, 40)
 
 
 def test_the_log_tells_terms_and_statistics(tiny):

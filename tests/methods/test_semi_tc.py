@@ -100,7 +100,7 @@ def test_terms_are_the_papers_formula(tiny):
     draw = trainer.draw_displacement
     trainer.draw_displacement = lambda data: seen.append(draw(data)) or seen[-1]
     terms = trainer.loss_terms(labeled, unlabeled)
-    data = torch.cat([labeled["data"], unlabeled["data"]])
+    data = torch.cat([labeled["data"], unlabeled["strong"]])
     u1, u2 = (without_margin(u, trainer.grid(tiny.patch).margin) for u in seen)
     num = len(labeled["data"])
     supervised, predictions = [], []

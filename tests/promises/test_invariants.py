@@ -276,7 +276,7 @@ def test_7_terms_are_finite_under_autocast(tiny, trainer_class, name, supervised
     labeled, unlabeled = tiny.batches(trainer)
     # Only background is there: every structure is absent.
     labeled = {**labeled, "data": EXTREMES[name](labeled["data"]), "target": torch.zeros_like(labeled["target"])}
-    feed(trainer, {**unlabeled, **{view: EXTREMES[name](unlabeled[view]) for view in ("data", "weak")}})
+    feed(trainer, {**unlabeled, **{view: EXTREMES[name](unlabeled[view]) for view in ("strong", "weak")}})
     output = trainer.train_step(labeled)
     assert np.isfinite(output["loss"])
     assert np.isfinite(output["terms"]).all()

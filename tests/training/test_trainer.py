@@ -131,7 +131,7 @@ def test_the_batch_is_all_labeled_in_stage_1(tiny, batch_size):
 
     def watched(labeled, unlabeled):
         assert len(labeled["data"]) == len(labeled["target"]) == len(labeled["keys"])
-        seen.append((len(labeled["data"]), 0 if unlabeled is None else len(unlabeled["data"])))
+        seen.append((len(labeled["data"]), 0 if unlabeled is None else len(unlabeled["strong"])))
         distinct = torch.unique(labeled["data"].flatten(1), dim=0)
         assert len(distinct) == len(labeled["data"])
         return loss_terms(labeled, unlabeled)
