@@ -11,10 +11,13 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnunet_ssl.data.batches import Labeled, Unlabeled
 from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.nnunet.plans import merged
+from nnunet_ssl.training import Losses, Step
 from nnunet_ssl.training.hyperparameters import SHARED, declared, method_name
+from nnunet_ssl.training.step import LossTerm, weighted_sum
 
 # Reading order of the shapes: 2D, isotropic 3D, anisotropic 3D (nnU-Net augments its slices as 2D images).
 PATCHES = {"2d": (32, 32), "3d": (16, 16, 16), "anisotropic": (4, 32, 32)}
@@ -203,12 +206,13 @@ class TinyDataset:
         trainer = self.trainer(cls, **ssl)
         trainer.initialize()
         trainer.set_deep_supervision_enabled(True)
-        for network in trainer.networks:
-            network.train()
+        trainer.network.train()
+        for companion in trainer.companions.values():
+            companion.start_epoch()
         return trainer
 
     def batches(self, trainer: Any, seed: int = 0) -> tuple[dict, dict]:
-        """A labeled and an unlabeled batch of noise, independent of any loader; the weak view is other noise."""
+        """A labeled and an unlabeled batch of noise, as loaders give them; every view is other noise."""
         rng = torch.Generator().manual_seed(seed)
         size = (self.channels, *self.patch)
         labeled = trainer.batch_size
@@ -216,5 +220,18 @@ class TinyDataset:
         data = torch.randn((labeled, *size), generator=rng)
         larger = getattr(trainer, "unlabeled_patch_size", self.patch)
         unlabeled_size = (max(1, getattr(trainer, "unlabeled_batch_size", 0)), self.channels, *larger)
-        strong, weak = (torch.randn(unlabeled_size, generator=rng) for _ in range(2))
-        return {"data": data, "target": target, "keys": []}, {"strong": strong, "weak": weak, "keys": []}
+        views = {name: torch.randn(unlabeled_size, generator=rng) for name in ("strong", "weak", "strong_2")}
+        return {"data": data, "target": target, "keys": []}, {**views, "keys": []}
+
+
+def step_of(trainer: Any, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> Step:
+    """What a trainer's method makes of batches as loaders give them, without autocast and without a step."""
+    views = None if unlabeled is None or not trainer.uses_unlabeled else Unlabeled.of(unlabeled)
+    made: Step = trainer.step(Labeled.of(labeled), views)
+    return made
+
+
+def weighted(trainer: Any, losses: Losses) -> torch.Tensor:
+    """The sum of a step's losses by their weights, without what unlabeled terms wait for."""
+    terms = {n: LossTerm(v, 1.0 if n in trainer.supervised_terms else trainer.weight(n)) for n, v in losses.items()}
+    return weighted_sum(terms)

@@ -131,11 +131,9 @@ class TwoLoaderTrainer(ConfiguredTrainer):
         cases, notes = find_unlabeled_cases(folder, raw, settings, split, self.transductive, partly)
         for note in notes:
             self.print_to_log_file(note)
-        stage = self.previous_stage
-        if stage is not None:
-            plans = self.plans_manager
-            names = {"dataset": plans.dataset_name, "configuration": self.configuration_name}
-            check_complete(stage, cases, **names, plans=plans.plans_name, trainer=type(self).__name__)
+        plans = self.plans_manager
+        names = plans.dataset_name, self.configuration_name, plans.plans_name, type(self).__name__
+        check_complete(self.previous_stage, cases, *names)
         return cases
 
     def record(self) -> dict[str, Any]:
