@@ -149,6 +149,9 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
 
     def _weighted(self, losses: dict[str, Tensor]) -> dict[str, LossTerm]:
         """The terms with their weights; those that need more than labels wait for the structures."""
+        unknown = set(losses) - set(self.term_names)
+        if unknown:
+            raise ValueError(f"{type(self).__name__} gives {sorted(unknown)}; declare them as terms of the method.")
         weights = {name: 1.0 if name in self.supervised_terms else self.weight(name) for name in losses}
         of_unlabeled = [name for name in losses if name in self.unlabeled_terms]
         self._unlabeled_terms_are_on = any(weights[name] > 0 for name in of_unlabeled)

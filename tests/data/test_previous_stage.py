@@ -87,7 +87,7 @@ def test_every_trainer_trains_the_second_stage(cascade, trainer_class):
         trainer = cascade.trainer(trainer_class, **options)
     trainer.run_training()
     assert trainer.num_input_channels == 3
-    logged = [trainer.logger.get_value(f"ssl_{name}", step=-1) for name in trainer_class.term_names]
+    logged = [trainer.logger.get_value(f"ssl_{name}", step=-1) for name in trainer.term_names]
     assert np.isfinite(logged).all()
 
 

@@ -19,7 +19,7 @@ from nnunet_ssl.losses.overlap import soft_dice_loss
 from nnunet_ssl.losses.predictions import log_probabilities
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerFDPL, nnUNetTrainerSupervised
 from nnunet_ssl.nnunet.plans import PLAIN, RESIDUAL, with_partner_network
-from nnunet_ssl.testing.tiny import PATCHES, SSL, TinyDataset, make_plans
+from nnunet_ssl.testing.tiny import PATCHES, SSL, TinyDataset, make_plans, step_of
 
 TERMS = nnUNetTrainerDualNet.unlabeled_terms
 
@@ -39,8 +39,8 @@ def test_terms_equal_an_independent_computation(tiny, teacher, weak):
     trainer = initialized(tiny, contrastive_weight=0.0, weak_teacher=weak)
     trainer.choose_teacher = lambda logits, target: teacher
     labeled, unlabeled = tiny.batches(trainer)
-    terms = trainer.loss_terms(labeled, unlabeled)
-    student_network, teacher_network = (trainer.networks[i] for i in (1 - teacher, teacher))
+    terms = step_of(trainer, labeled, unlabeled).losses
+    student_network, teacher_network = (trainer.predictors[i] for i in (1 - teacher, teacher))
     with torch.no_grad():
         z, w, z_l, w_l = (
             network(images)[0].numpy().astype(np.float64)
@@ -67,9 +67,9 @@ def test_terms_equal_an_independent_computation(tiny, teacher, weak):
     }
     assert 0.5 < reliable.mean() < 0.8
     for name, value in expected.items():
-        assert terms[name].value.item() == pytest.approx(value, rel=1e-4), name
-    assert trainer.statistics["network_teaches"] == (teacher == 0)
-    assert trainer.statistics["reliable"].item() == pytest.approx(reliable.mean(), abs=0.01)
+        assert terms[name].item() == pytest.approx(value, rel=1e-4), name
+    assert trainer._statistics["network_teaches"] == (teacher == 0)
+    assert trainer._statistics["reliable"].item() == pytest.approx(reliable.mean(), abs=0.01)
 
 
 def test_certainty_weighs_the_cross_entropy_but_is_no_way_to_lower_it(tiny):
@@ -92,29 +92,29 @@ def test_only_the_student_learns_from_the_unlabeled_terms(tiny, teacher, term):
     trainer = initialized(tiny)
     trainer.choose_teacher = lambda logits, target: teacher
     labeled, unlabeled = tiny.batches(trainer)
-    trainer.loss_terms(labeled, unlabeled)[term].value.backward()
-    assert has_gradient(trainer.networks[1 - teacher])
-    assert not has_gradient(trainer.networks[teacher])
+    step_of(trainer, labeled, unlabeled).losses[term].backward()
+    assert has_gradient(trainer.predictors[1 - teacher])
+    assert not has_gradient(trainer.predictors[teacher])
 
 
 def test_both_learn_from_labels(tiny):
     trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
-    terms = trainer.loss_terms(labeled, unlabeled)
+    terms = step_of(trainer, labeled, unlabeled).losses
     for name, index in (("supervised", 0), ("supervised_partner", 1)):
         trainer.optimizer.zero_grad()
-        terms[name].value.backward(retain_graph=True)
-        assert has_gradient(trainer.networks[index])
-        assert not has_gradient(trainer.networks[1 - index])
+        terms[name].backward(retain_graph=True)
+        assert has_gradient(trainer.predictors[index])
+        assert not has_gradient(trainer.predictors[1 - index])
 
 
 def test_a_step_moves_both_networks(tiny):
     trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
     trainer.dataloader_unlabeled = iter([unlabeled])
-    before = [torch.cat([p.detach().flatten().clone() for p in n.parameters()]) for n in trainer.networks]
+    before = [torch.cat([p.detach().flatten().clone() for p in n.parameters()]) for n in trainer.predictors]
     trainer.train_step(labeled)
-    after = [torch.cat([p.detach().flatten() for p in n.parameters()]) for n in trainer.networks]
+    after = [torch.cat([p.detach().flatten() for p in n.parameters()]) for n in trainer.predictors]
     assert all((a - b).abs().max() > 0 for a, b in zip(after, before))
 
 
@@ -160,23 +160,21 @@ def test_roles_are_deterministic_with_a_seed(tiny):
 def test_a_term_of_weight_zero_is_not_computed(tiny, term):
     trainer = initialized(tiny, **{f"{term}_weight": 0.0})
     labeled, unlabeled = tiny.batches(trainer)
-    assert set(trainer.loss_terms(labeled, unlabeled)) == set(trainer.term_names) - {term}
+    assert set(step_of(trainer, labeled, unlabeled).losses) == set(trainer.term_names) - {term}
 
 
 def test_with_all_terms_off_unlabeled_images_are_not_even_looked_at(tiny):
     trainer = initialized(tiny, **{f"{term}_weight": 0.0 for term in TERMS})
     labeled, _ = tiny.batches(trainer)
-    terms = trainer.loss_terms(labeled, {"strong": None})
+    terms = step_of(trainer, labeled, {"keys": []}).losses
     assert set(terms) == {"supervised", "supervised_partner"}
 
 
 def test_weights_follow_the_ramp(tiny):
     trainer = initialized(tiny, unlabeled_ramp=0.5, uncertainty_weight=2.0)
-    labeled, unlabeled = tiny.batches(trainer)
     for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
         trainer.current_epoch = epoch
-        terms = trainer.loss_terms(labeled, unlabeled)
-        weights = {name: terms[name].weight for name in TERMS}
+        weights = {name: trainer.weight(name) for name in TERMS}
         expected = {"pseudo_label": 1, "consistency": 1, "uncertainty": 2, "contrastive": 0.1}
         assert weights == pytest.approx({name: w * ramp for name, w in expected.items()})
 
@@ -193,10 +191,10 @@ def test_regions(tmp_path, ignore):
     ignored = torch.zeros_like(labels)
     ignored[..., :5] = 1
     labeled["target"] = torch.cat([labels >= 1, labels == 2] + ([ignored.bool()] if ignore else []), 1)
-    terms = trainer.loss_terms(labeled, unlabeled)
-    assert all(torch.isfinite(term.value) for term in terms.values())
+    terms = step_of(trainer, labeled, unlabeled).losses
+    assert all(torch.isfinite(term) for term in terms.values())
     assert log_probabilities(trainer.network(unlabeled["strong"])[0], True).shape[1:3] == (2, 2)
-    sum(term.value for term in terms.values()).backward()
+    sum(term for term in terms.values()).backward()
     if ignore:
         # Only in ignored voxels is the first one worse.
         truth = torch.cat([labels >= 1, labels == 2], 1).float() * 20 - 10
@@ -243,7 +241,7 @@ def test_unreliable_voxels_do_not_touch_the_pseudo_label_term(tiny):
 def test_features_are_what_the_last_head_reads(tiny):
     trainer = initialized(tiny)
     data = tiny.batches(trainer)[0]["data"]
-    for network in trainer.networks:
+    for network in trainer.predictors:
         tap = FeatureTap(network)
         outputs, features = tap(data)
         torch.testing.assert_close(network.decoder.seg_layers[-1](features), outputs[0])
@@ -308,7 +306,7 @@ def test_configure_writes_plans_to_train_the_partner_alone(tiny, capsys):
     assert written["configurations"]["2d"]["architecture"]["network_class_name"] == RESIDUAL
     # It is a network of the same shape as the one that DualNet pairs.
     dual = initialized(tiny)
-    shapes = [{k: v.shape for k, v in dual.partner.state_dict().items()}]
+    shapes = [{k: v.shape for k, v in dual.companions["partner"].module.state_dict().items()}]
     tiny.plans = written | {"ssl": SSL}
     alone = tiny.trainer(nnUNetTrainerSupervised)
     alone.initialize()
@@ -336,7 +334,7 @@ def test_stock_nnunet_predicts_with_the_exported_partner(tiny, capsys, cls):
     target = folder.with_name(folder.name.replace(cls.__name__, f"{cls.__name__}Partner"))
     assert str(target) in capsys.readouterr().out
     data = torch.randn(1, 1, *tiny.patch)
-    for model, network in ((target, trainer.partner), (folder, trainer.network)):
+    for model, network in ((target, trainer.companions["partner"].module), (folder, trainer.network)):
         predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False)
         predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
         predictor.network.load_state_dict(predictor.list_of_parameters[0])
@@ -359,7 +357,7 @@ def test_export_refuses_what_it_cannot_do(trained, capsys):
     assert export(tiny, "--overwrite") == 0
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
     content = torch.load(file, weights_only=False)
-    content["nnunet_ssl"]["partner"] = None
+    content["nnunet_ssl"]["companions"] = {}
     torch.save(content, file)
     assert export(tiny, "--overwrite") == 2
     assert "holds one network only" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import torch
 from scipy.special import log_softmax
 
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
-from nnunet_ssl.methods import fdpl, nnUNetTrainerFDPL
-from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
+from nnunet_ssl.methods import nnUNetTrainerFDPL
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, step_of
 from nnunet_ssl.transforms import mixing
 
 TERMS = nnUNetTrainerFDPL.unlabeled_terms
@@ -73,9 +73,9 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, we
     shift = tuple(m * sign for m, sign in zip(margin, (1, -1, -1)))
     boxes = mixing.cutmix_boxes(2, tiny.patch, 0.5, torch.Generator().manual_seed(1))
     drawn = []
-    monkeypatch.setattr(fdpl, "draw_shift", lambda *a: drawn.append(a) or shift)
-    monkeypatch.setattr(fdpl, "cutmix_boxes", lambda *a: drawn.append(a) or boxes)
-    terms = trainer.loss_terms(labeled, unlabeled)
+    monkeypatch.setattr(mixing, "draw_shift", lambda *a: drawn.append(a) or shift)
+    monkeypatch.setattr(mixing, "cutmix_boxes", lambda *a: drawn.append(a) or boxes)
+    terms = step_of(trainer, labeled, unlabeled).losses
     # One shift and one box for images and labels, as the hyper-parameters say.
     expected = [(margin, trainer.generator), (2, tiny.patch, 0.5, trainer.generator, torch.device("cpu"))]
     assert drawn == expected[: 1 + cutmix]
@@ -88,7 +88,7 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, we
     # Two unlabeled images: each is mixed with the other one.
     mixed = np.where(box, center[::-1], center) if cutmix else center
     y_f, y_d = [], []
-    for network in trainer.networks:
+    for network in trainer.predictors:
         labels, moved = (network(torch.tensor(i))[0].numpy().argmax(1)[:, None] for i in (to_label[at_center], shifted))
         dynamic = labels.copy()
         for q in np.ndindex(tiny.patch):
@@ -97,18 +97,18 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, we
                 dynamic[(slice(None), 0, *q)] = moved[(slice(None), 0, *source)]
         y_f.append(labels)
         y_d.append(dynamic)
-    on_center = arrays(trainer.networks[0](torch.tensor(center)))
-    on_mixed = arrays(trainer.networks[1](torch.tensor(mixed)))
+    on_center = arrays(trainer.predictors[0](torch.tensor(center)))
+    on_mixed = arrays(trainer.predictors[1](torch.tensor(mixed)))
     for name, labels in (("fixed", y_f), ("dynamic", y_d)):
         for_second = np.where(box, labels[0][::-1], labels[0]) if cutmix else labels[0]
-        assert terms[name].value.item() == pytest.approx(nnunet_loss(on_center, labels[1]), rel=1e-4)
-        assert terms[f"{name}_partner"].value.item() == pytest.approx(nnunet_loss(on_mixed, for_second), rel=1e-4)
-    agreement, redecided = (trainer.statistics[name].item() for name in trainer.statistic_names)
+        assert terms[name].item() == pytest.approx(nnunet_loss(on_center, labels[1]), rel=1e-4)
+        assert terms[f"{name}_partner"].item() == pytest.approx(nnunet_loss(on_mixed, for_second), rel=1e-4)
+    agreement, redecided = (trainer._statistics[name].item() for name in trainer.statistic_names)
     assert agreement == pytest.approx((y_f[0] == y_f[1]).mean())
     assert redecided == pytest.approx(np.mean([f != d for f, d in zip(y_f, y_d)]))
     assert redecided > 0
-    supervised = nnunet_loss(arrays(trainer.networks[0](labeled["data"])), labeled["target"].numpy())
-    assert terms["supervised"].value.item() == pytest.approx(supervised, rel=1e-4)
+    supervised = nnunet_loss(arrays(trainer.predictors[0](labeled["data"])), labeled["target"].numpy())
+    assert terms["supervised"].item() == pytest.approx(supervised, rel=1e-4)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -117,13 +117,13 @@ def test_alpha_weighs_the_loss_on_labels_and_not_the_one_on_pseudo_labels(tiny, 
     weighted = initialized(tiny, cross_entropy_share=alpha)
     plain = initialized(tiny)
     labeled, unlabeled = tiny.batches(plain)
-    terms, reference = (t.loss_terms(labeled, unlabeled) for t in (weighted, plain))
+    terms, reference = (step_of(t, labeled, unlabeled).losses for t in (weighted, plain))
     for index, name in enumerate(("supervised", "supervised_partner")):
-        expected = nnunet_loss(arrays(weighted.networks[index](labeled["data"])), labeled["target"].numpy(), alpha)
-        assert terms[name].value.item() == pytest.approx(expected, rel=1e-4)
-        assert terms[name].value.item() != pytest.approx(reference[name].value.item(), rel=1e-2)
+        expected = nnunet_loss(arrays(weighted.predictors[index](labeled["data"])), labeled["target"].numpy(), alpha)
+        assert terms[name].item() == pytest.approx(expected, rel=1e-4)
+        assert terms[name].item() != pytest.approx(reference[name].item(), rel=1e-2)
     for name in TERMS:
-        assert torch.equal(terms[name].value, reference[name].value)
+        assert torch.equal(terms[name], reference[name])
 
 
 def test_cross_entropy_alone_of_a_batch_without_annotated_voxels_can_be_trained(tiny):
@@ -133,7 +133,7 @@ def test_cross_entropy_alone_of_a_batch_without_annotated_voxels_can_be_trained(
     trainer.dataloader_unlabeled = iter([unlabeled])
     output = trainer.train_step({**labeled, "target": torch.full_like(labeled["target"], 3)})
     assert np.isfinite(output["loss"])
-    assert all(torch.isfinite(p).all() for network in trainer.networks for p in network.parameters())
+    assert all(torch.isfinite(p).all() for network in trainer.predictors for p in network.parameters())
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
@@ -142,10 +142,10 @@ def test_each_network_learns_from_the_others_labels_alone(tiny, term, batch_size
     tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
     trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
-    trainer.loss_terms(labeled, unlabeled)[term].value.backward()
+    step_of(trainer, labeled, unlabeled).losses[term].backward()
     student = 1 if term.endswith("partner") else 0
-    assert has_gradient(trainer.networks[student])
-    assert not has_gradient(trainer.networks[1 - student])
+    assert has_gradient(trainer.predictors[student])
+    assert not has_gradient(trainer.predictors[1 - student])
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -156,14 +156,14 @@ def test_pseudo_labels_have_the_form_of_targets(tiny, known):
     outputs = trainer.network(crop)
     assert outputs[0].requires_grad
     known = outputs if known else None
-    for labels in trainer.pseudo_labels(trainer.network, known, crop, crop, (4, 4), labeled["target"]):
+    for labels in trainer.pseudo_labels(trainer.network, known, (crop, crop), (4, 4), labeled["target"]):
         assert labels.dtype == labeled["target"].dtype
         assert labels.shape == (2, 1, *tiny.patch)
 
 
 def test_the_networks_start_with_different_weights(tiny):
     trainer = initialized(tiny)
-    first, second = (torch.cat([p.flatten() for p in n.parameters() if p.ndim > 1]) for n in trainer.networks)
+    first, second = (torch.cat([p.flatten() for p in n.parameters() if p.ndim > 1]) for n in trainer.predictors)
     assert first.shape == second.shape
     assert (first != second).float().mean() > 0.99
 
@@ -193,8 +193,8 @@ PASSES = {
 def test_no_pass_is_computed_twice(tiny, case):
     settings, *expected = PASSES[case]
     trainer = initialized(tiny, **settings)
-    spies = [Spy(network) for network in trainer.networks]
-    trainer.loss_terms(*tiny.batches(trainer))
+    spies = [Spy(network) for network in trainer.predictors]
+    step_of(trainer, *tiny.batches(trainer))
     counted = [
         [len(x) for x, gradient in spy.passes if gradient == wanted] for spy in spies for wanted in (True, False)
     ]
@@ -209,16 +209,16 @@ def test_no_pass_is_computed_twice(tiny, case):
 ])  # fmt: skip
 def test_a_term_of_weight_zero_is_not_computed(tiny, settings, missing):
     trainer = initialized(tiny, **settings)
-    assert set(trainer.loss_terms(*tiny.batches(trainer))) == set(trainer.term_names) - missing
+    assert set(step_of(trainer, *tiny.batches(trainer)).losses) == set(trainer.term_names) - missing
 
 
 def test_without_a_shift_dynamic_equals_fixed(tiny):
     trainer = initialized(tiny, shift=0.0)
     assert trainer.unlabeled_patch_size == tiny.patch
-    terms = trainer.loss_terms(*tiny.batches(trainer))
+    terms = step_of(trainer, *tiny.batches(trainer)).losses
     for student in ("", "_partner"):
-        assert torch.equal(terms[f"fixed{student}"].value, terms[f"dynamic{student}"].value)
-    assert trainer.statistics["redecided"] == 0
+        assert torch.equal(terms[f"fixed{student}"], terms[f"dynamic{student}"])
+    assert trainer._statistics["redecided"] == 0
 
 
 @pytest.mark.parametrize(("median", "margin"), [((64, 64), (4, 4)), ((36, 40), (2, 4)), ((31, 34.5), (0, 1))])
@@ -236,11 +236,9 @@ def test_the_log_says_where_dynamic_labels_equal_the_fixed_ones(tiny, side, warn
 
 def test_weights_follow_the_ramp(tiny):
     trainer = initialized(tiny, unlabeled_ramp=0.5, fixed_weight=1.0, dynamic_weight=2.0)
-    batches = tiny.batches(trainer)
     for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
         trainer.current_epoch = epoch
-        terms = trainer.loss_terms(*batches)
-        assert [terms[name].weight for name in TERMS] == pytest.approx([ramp, ramp, 2 * ramp, 2 * ramp])
+        assert [trainer.weight(name) for name in TERMS] == pytest.approx([ramp, ramp, 2 * ramp, 2 * ramp])
 
 
 def test_a_single_unlabeled_image_is_mixed_with_a_labeled_one_and_its_labels(tiny, monkeypatch):
@@ -249,14 +247,14 @@ def test_a_single_unlabeled_image_is_mixed_with_a_labeled_one_and_its_labels(tin
     trainer = initialized(tiny)
     box = torch.zeros(1, 1, *tiny.patch, dtype=torch.bool)
     box[..., 3:20, 5:30] = True
-    monkeypatch.setattr(fdpl, "cutmix_boxes", lambda *_: box)
+    monkeypatch.setattr(mixing, "cutmix_boxes", lambda *_: box)
     seen = []
     original = trainer.supervised_loss
     monkeypatch.setattr(trainer, "supervised_loss", lambda o, t, *rest: seen.append(t) or original(o, t, *rest))
     labeled, unlabeled = tiny.batches(trainer)
     assert len(unlabeled["strong"]) == 1
-    spy = Spy(trainer.networks[1])
-    trainer.loss_terms(labeled, unlabeled)
+    spy = Spy(trainer.predictors[1])
+    step_of(trainer, labeled, unlabeled)
     image = spy.passes[0][0][1:]
     center = unlabeled["strong"][..., 4:36, 4:36]
     assert torch.equal(image, torch.where(box, labeled["data"], center))
@@ -285,14 +283,14 @@ def test_ignored_voxels_of_a_labeled_partner_do_not_touch_the_loss(tmp_path, mon
         return torch.where(ignored, 3, labels)
 
     everything = torch.ones(1, 1, *tiny.patch, dtype=torch.bool)
-    monkeypatch.setattr(fdpl, "cutmix_boxes", lambda *_: everything)
-    monkeypatch.setattr(fdpl, "draw_shift", lambda *_: (2, 2, 2))
+    monkeypatch.setattr(mixing, "cutmix_boxes", lambda *_: everything)
+    monkeypatch.setattr(mixing, "draw_shift", lambda *_: (2, 2, 2))
     values = []
     for changed in (labels, torch.where(ignored, 2 - labels, labels), torch.where(ignored, labels, 2 - labels)):
-        terms = trainer.loss_terms({**labeled, "target": targets(changed)}, unlabeled)
-        assert all(torch.isfinite(term.value) for term in terms.values())
-        values.append([terms[name].value.item() for name in ("fixed_partner", "dynamic_partner")])
-        sum(term.value for term in terms.values()).backward()
+        terms = step_of(trainer, {**labeled, "target": targets(changed)}, unlabeled).losses
+        assert all(torch.isfinite(term) for term in terms.values())
+        values.append([terms[name].item() for name in ("fixed_partner", "dynamic_partner")])
+        sum(term for term in terms.values()).backward()
     assert values[0] == values[1]
     assert values[0][0] != values[2][0]
 
@@ -305,7 +303,7 @@ def test_regions_are_decided_and_composed_channel_by_channel(tiny):
     whole = torch.randn(1, 1, 40, 40)
     center, shifted = whole[..., 4:36, 4:36], whole[..., 8:40, 0:32]
     logits, moved = (trainer.network(crop)[0] for crop in (center, shifted))
-    fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, center, shifted, (4, -4), like)
+    fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, (center, shifted), (4, -4), like)
     assert torch.equal(fixed, torch.sigmoid(logits) > 0.5)
     expected = (torch.sigmoid(logits) > 0.5).clone()
     expected[..., 4:, :-4] = (torch.sigmoid(moved) > 0.5)[..., :-4, 4:]

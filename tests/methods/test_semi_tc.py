@@ -10,13 +10,19 @@ from scipy.ndimage import gaussian_filter
 from nnunet_ssl.losses.overlap import soft_iou_loss
 from nnunet_ssl.losses.predictions import probabilities
 from nnunet_ssl.methods import nnUNetTrainerSemiTC, nnUNetTrainerSupTC
-from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, step_of
 from nnunet_ssl.transforms.alignment import align_displacements, inside_mask, without_margin
 from nnunet_ssl.transforms.displacement import warp
+from nnunet_ssl.transforms.elastic import ElasticTransforms
 
 
 def initialized(tiny, cls=nnUNetTrainerSemiTC, **ssl):
     return tiny.initialized(cls, **{"supervised_fraction": 0.0, "identity_probability": 0.0, **ssl})
+
+
+def draw(trainer, data):
+    """Displacements of a batch, as one branch draws them."""
+    return trainer.fields.draw(data, trainer.generator)
 
 
 # Large enough that the borders between classes, where interpolation errs, are a small part.
@@ -37,8 +43,8 @@ def test_an_equivariant_network_is_consistent(tmp_path, patch, interpolation):
     tiny = TinyDataset(tmp_path, PATCHES[patch])
     trainer = initialized(tiny, displacement_std=0.1, smoothness=0.2, interpolation=interpolation)
     logits = smooth_logits(LARGE[patch])
-    u1, u2 = trainer.draw_displacement(logits), trainer.draw_displacement(logits)
-    margin = trainer.grid(LARGE[patch]).margin
+    u1, u2 = draw(trainer, logits), draw(trainer, logits)
+    margin = trainer.fields.grid(LARGE[patch]).margin
     first, second = (warp(logits, without_margin(u, margin).double()) for u in (u1, u2))
     right = trainer.consistency(first, second, u1, u2).item()
     swapped = trainer.consistency(first, second, u2, u1).item()
@@ -62,7 +68,7 @@ def descend(consistency, peak, steps=200, rate=50.0):
 def test_no_structure_grows_where_no_branch_finds_one(tiny):
     """A soft IoU makes both branches sure of something; what both find improbable must not become sure."""
     trainer = initialized(tiny)
-    still = torch.zeros(1, 2, *(31 + 2 * m for m in trainer.grid((31, 31)).margin))
+    still = torch.zeros(1, 2, *(31 + 2 * m for m in trainer.fields.grid((31, 31)).margin))
 
     def consistency(first, second):
         return trainer.consistency(first, second, still, still)
@@ -81,7 +87,7 @@ def test_a_structure_counts_where_either_branch_finds_it(tiny, monkeypatch, has_
     trainer = initialized(tiny)
     monkeypatch.setattr(type(trainer.label_manager), "has_regions", has_regions)
     shape = (16, 16)
-    still = torch.zeros(1, 2, *(side + 2 * m for side, m in zip(shape, trainer.grid(shape).margin)))
+    still = torch.zeros(1, 2, *(side + 2 * m for side, m in zip(shape, trainer.fields.grid(shape).margin)))
     nowhere = torch.full((1, 3, *shape), -4.0)
     nowhere[:, 0] = 4.0
     somewhere = nowhere.clone()
@@ -92,16 +98,16 @@ def test_a_structure_counts_where_either_branch_finds_it(tiny, monkeypatch, has_
         assert trainer.consistency(first, second, still, still).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_terms_are_the_papers_formula(tiny):
+def test_terms_are_the_papers_formula(tiny, monkeypatch):
     """One step, put together anew from the network's outputs."""
     trainer = initialized(tiny)
     labeled, unlabeled = tiny.batches(trainer)
     seen = []
-    draw = trainer.draw_displacement
-    trainer.draw_displacement = lambda data: seen.append(draw(data)) or seen[-1]
-    terms = trainer.loss_terms(labeled, unlabeled)
+    drawn = trainer.fields.draw
+    monkeypatch.setattr(ElasticTransforms, "draw", lambda self, *data: seen.append(drawn(*data)) or seen[-1])
+    terms = step_of(trainer, labeled, unlabeled).losses
     data = torch.cat([labeled["data"], unlabeled["strong"]])
-    u1, u2 = (without_margin(u, trainer.grid(tiny.patch).margin) for u in seen)
+    u1, u2 = (without_margin(u, trainer.fields.grid(tiny.patch).margin) for u in seen)
     num = len(labeled["data"])
     supervised, predictions = [], []
     for u in (u1, u2):
@@ -114,54 +120,53 @@ def test_terms_are_the_papers_formula(tiny):
         assert half.shape[2:] == tuple(s // 2 for s in tiny.patch)
         smaller = torch.nn.functional.interpolate(target.float(), half.shape[2:], mode="nearest-exact")
         supervised.append((2 * trainer.loss.loss(full, target) + trainer.loss.loss(half, smaller)) / 3)
-    assert terms["supervised"].value.item() == pytest.approx(sum(supervised).item() / 2, abs=1e-5)
-    alignment = align_displacements(*seen, grid=trainer.grid(tiny.patch))
+    assert terms["supervised"].item() == pytest.approx(sum(supervised).item() / 2, abs=1e-5)
+    alignment = align_displacements(*seen, grid=trainer.fields.grid(tiny.patch))
     # Another way to the same alignment; near the border it knows less of the fields.
     voxel_by_voxel = align_displacements(u1, u2, 30)
     keep = (inside_mask(alignment) & inside_mask(voxel_by_voxel)).expand_as(alignment)
     assert (alignment - voxel_by_voxel)[keep].abs().max() < 0.05
     expected = soft_iou_loss(warp(predictions[0], alignment), predictions[1], inside_mask(alignment))
-    assert terms["consistency"].value.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert terms["supervised"].weight == terms["consistency"].weight == 1.0
+    assert terms["consistency"].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert trainer.weight("consistency") == 1.0
 
 
 def test_weight_and_ramp(tiny):
     trainer = initialized(tiny, consistency_weight=0.5, unlabeled_ramp=0.5)
-    labeled, unlabeled = tiny.batches(trainer)
     weights = []
     for epoch in range(4):
         trainer.current_epoch = epoch
-        weights.append(trainer.loss_terms(labeled, unlabeled)["consistency"].weight)
+        weights.append(trainer.weight("consistency"))
     assert weights == pytest.approx([0.5 * np.exp(-5), 0.5 * np.exp(-1.25), 0.5, 0.5])
 
 
 def test_stage_1_uses_labels_alone(tiny):
     trainer = initialized(tiny, supervised_fraction=0.5)
     labeled, _ = tiny.batches(trainer)
-    assert sorted(trainer.loss_terms(labeled, None)) == ["supervised"]
+    assert sorted(step_of(trainer, labeled, None).losses) == ["supervised"]
 
 
 def test_suptc_is_consistent_on_labeled_cases(tiny):
     trainer = initialized(tiny, nnUNetTrainerSupTC)
     labeled, _ = tiny.batches(trainer)
     assert len(labeled["data"]) == 4
-    assert sorted(trainer.loss_terms(labeled, None)) == ["consistency", "supervised"]
+    assert sorted(step_of(trainer, labeled, None).losses) == ["consistency", "supervised"]
     assert trainer.dataloader_unlabeled is None
 
 
 def test_identity_is_drawn_per_example_and_branch(tiny):
     trainer = initialized(tiny, identity_probability=0.5)
-    drawn = trainer.draw_displacement(torch.zeros(400, 1, *tiny.patch))
+    drawn = draw(trainer, torch.zeros(400, 1, *tiny.patch))
     identity = (drawn == 0).flatten(1).all(1).float()
     assert identity.mean().item() == pytest.approx(0.5, abs=0.1)
-    again = (trainer.draw_displacement(torch.zeros(400, 1, *tiny.patch)) == 0).flatten(1).all(1)
+    again = (draw(trainer, torch.zeros(400, 1, *tiny.patch)) == 0).flatten(1).all(1)
     assert not torch.equal(identity.bool(), again)
 
 
 @pytest.mark.parametrize(("patch", "fixed"), [("anisotropic", True), ("3d", False)])
 def test_slices_do_not_move_in_anisotropic_patches(tmp_path, patch, fixed):
     tiny = TinyDataset(tmp_path, PATCHES[patch])
-    drawn = initialized(tiny).draw_displacement(torch.zeros(3, 1, *tiny.patch))
+    drawn = draw(initialized(tiny), torch.zeros(3, 1, *tiny.patch))
     assert bool((drawn[:, 0] == 0).all()) == fixed
     assert drawn[:, 1:].abs().max() > 0
 

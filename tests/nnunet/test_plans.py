@@ -183,7 +183,7 @@ def test_every_trainer_trains_with_plans_in_nnunets_former_format(tiny, trainer_
     trainer = tiny.trainer(trainer_class, num_epochs=2, num_iterations_per_epoch=1, supervised_fraction=0.5)
     trainer.run_training()
     assert trainer.network.encoder.output_channels == [4, 8, 8, 8]
-    assert len(trainer.networks) == (2 if trainer.partner is not None else 1)
+    assert len(trainer.predictors) == 1 + len(trainer.companions)
 
 
 def test_a_configuration_that_inherits_from_itself():

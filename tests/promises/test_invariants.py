@@ -12,11 +12,10 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
-from trainings import assert_equal_weights, train
+from trainings import assert_equal_weights, stop_at_epoch, train
 
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupTC
-from nnunet_ssl.testing.tiny import PATCHES, SSL, TinyDataset
-from nnunet_ssl.training.trainer import SemiSupervisedTrainer
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 
 SEMI = [t for t in TRAINERS if t.unlabeled_terms]
 SIAMESE = [t for t in TRAINERS if issubclass(t, nnUNetTrainerSupTC)]
@@ -186,19 +185,6 @@ def test_4_equals_the_stock_trainer_with_everything_switched_off(tmp_path, train
         torch.testing.assert_close(a, b.detach(), atol=2e-4, rtol=1e-3)
 
 
-def test_4_supervised_equals_the_stock_trainer_through_a_whole_training(tiny):
-    ours = tiny.trainer(TRAINERS[0])
-    weights = train(ours)
-    torch.manual_seed(SSL["seed"])
-    stock = tiny.trainer(nnUNetTrainer)
-    stock.initialize()
-    torch.manual_seed(SSL["seed"])
-    np.random.seed(SSL["seed"])
-    stock.run_training()
-    for name, value in stock.network.state_dict().items():
-        torch.testing.assert_close(weights[f"0.{name}"], value, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_5_resumed_training_equals_the_uninterrupted_one(tmp_path: Path, trainer_class, stop_after):
     assert_resuming_changes_nothing(tmp_path, trainer_class, stop_after)
@@ -230,17 +216,6 @@ def assert_resuming_changes_nothing(tmp_path: Path, cls: Any, stop_after: int, b
                 assert trainer.current_epoch == stop_after
             weights.append(train(trainer))
     assert_equal_weights(*weights)
-
-
-def stop_at_epoch(trainer: SemiSupervisedTrainer, epoch: int) -> None:
-    original = trainer.on_epoch_start
-
-    def stop() -> None:
-        if trainer.current_epoch == epoch:
-            raise KeyboardInterrupt
-        original()
-
-    trainer.on_epoch_start = stop
 
 
 @pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)

@@ -100,7 +100,7 @@ def test_unlabeled_terms_wait_for_the_structures(tiny: TinyDataset, cls):
     trainer = tiny.initialized(cls, supervised_fraction=0.0, unlabeled_ramp=0.0, learned_dice=0.5)
     labeled, unlabeled = tiny.batches(trainer)
     trainer.dataloader_unlabeled = iter([unlabeled] * 9) if trainer.uses_unlabeled else None
-    full = {n: t.weight for n, t in trainer.loss_terms(labeled, unlabeled).items()}
+    full = {name: trainer.weight(name) for name in cls.unlabeled_terms}
 
     def weights() -> dict[str, float]:
         names = trainer.logger.local_logger.step_names
@@ -124,7 +124,7 @@ def test_steps_without_a_share_are_supervised_ones(tiny: TinyDataset, cls):
         labeled, unlabeled = tiny.batches(trainer)
         trainer.dataloader_unlabeled = iter([unlabeled]) if trainer.uses_unlabeled else None
         trainer.train_step(labeled)
-        found.append(torch.cat([p.detach().flatten() for n in trainer.networks for p in n.parameters()]))
+        found.append(torch.cat([p.detach().flatten() for n in trainer.predictors for p in n.parameters()]))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
@@ -135,10 +135,3 @@ def test_the_log_says_what_is_waited_for(tiny: TinyDataset, weight):
     trainer.run_training()
     with open(trainer.log_file) as text:
         assert ("The unlabeled terms count by 0." in text.read()) == (weight > 0)
-
-
-def test_a_method_that_tells_nothing_is_refused(tiny: TinyDataset):
-    trainer = tiny.initialized(SEMI[0], supervised_fraction=0.0)
-    trainer.note_learned = lambda *arguments: None
-    with pytest.raises(RuntimeError, match="must call note_learned"):
-        trainer.train_step(tiny.batches(trainer)[0])

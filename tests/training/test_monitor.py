@@ -13,7 +13,7 @@ from nnunet_ssl.data.loader import UnlabeledDataset
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerDualNet, nnUNetTrainerFDPL
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 from nnunet_ssl.training.logger import TermLogger
-from nnunet_ssl.training.monitor import PSEUDO_LABELS, Monitor, mean_dice, picture_file
+from nnunet_ssl.training.monitor import Monitor, mean_dice, picture_file
 
 USERS = [cls for cls in TRAINERS if cls.uses_unlabeled]
 
@@ -35,41 +35,47 @@ def test_every_method_shows_label_maps_and_masks(tmp_path, cls, patch):
     monitor = Monitor(trainer.find_unlabeled_cases(), trainer.unlabeled_patch_size)
     assert monitor.identifiers == ["hid_0", "hid_1"]
     before = (trainer.generator.get_state(), torch.get_rng_state())
-    weights = [p.clone() for network in trainer.networks for p in network.parameters()]
-    for network in trainer.networks:
+    weights = [p.clone() for network in trainer.predictors for p in network.parameters()]
+    for network in trainer.predictors:
         network.train()
 
     file = tmp_path / "picture.png"
-    assert np.isnan(monitor.look(trainer, str(file)))
-    assert monitor.look(trainer) == 1.0
+    views = []
+    for _ in range(2):
+        trainer._look(monitor)
+        with torch.no_grad():
+            views.append(trainer.view(monitor.images, monitor.generator(torch.device("cpu"))))
+    monitor.draw(str(file), views[0])
+    logged = trainer.logger.get_value(TermLogger.key("stability"), step=None)
+    assert logged == [1.0]
+    assert all(torch.equal(values, views[1].maps[name]) for name, values in views[0].maps.items())
 
     with Image.open(file) as image:
         assert np.asarray(image.convert("L")).std() > 10
     assert torch.equal(trainer.generator.get_state(), before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
-    after = [p for network in trainer.networks for p in network.parameters()]
+    after = [p for network in trainer.predictors for p in network.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(weights, after))
     assert all(p.grad is None for p in after)
-    assert all(network.training and network.decoder.deep_supervision for network in trainer.networks)
-    view = trainer.view(monitor._images, torch.Generator().manual_seed(0))
-    image = view.pop("image", None)
-    assert image is None or image.shape == (2, 2, *PATCHES[patch])
-    assert all(values.shape == (2, *PATCHES[patch]) for values in view.values())
-    assert view[PSEUDO_LABELS].max() < tiny.num_labels
+    assert all(network.training and network.decoder.deep_supervision for network in trainer.predictors)
+    view = views[0]
+    assert view.image is None or view.image.shape == (2, 2, *PATCHES[patch])
+    assert all(values.shape == (2, *PATCHES[patch]) for values in (view.pseudo_labels, *view.maps.values()))
+    assert view.pseudo_labels.max() < tiny.num_labels
 
 
 def test_what_is_shown_as_disagreement_is_where_networks_disagree(tiny):
     trainer = tiny.initialized(nnUNetTrainerDualNet)
     trainer.set_deep_supervision_enabled(False)
     monitor = Monitor(trainer.find_unlabeled_cases(), trainer.unlabeled_patch_size)
-    view = trainer.view(monitor._images, torch.Generator())
+    view = trainer.view(monitor.images, torch.Generator())
     with torch.no_grad():
-        labels = [network(monitor._images).argmax(1) for network in trainer.networks]
-    assert torch.equal(view["disagree"], labels[0] != labels[1])
-    assert view["disagree"].any()
-    assert torch.equal(view[PSEUDO_LABELS], labels[0])
-    trainer._teacher = 1
-    assert torch.equal(trainer.view(monitor._images, torch.Generator())[PSEUDO_LABELS], labels[1])
+        labels = [network(monitor.images).argmax(1) for network in trainer.predictors]
+    assert torch.equal(view.maps["disagree"], labels[0] != labels[1])
+    assert view.maps["disagree"].any()
+    assert torch.equal(view.pseudo_labels, labels[0])
+    trainer.teacher = 1
+    assert torch.equal(trainer.view(monitor.images, torch.Generator()).pseudo_labels, labels[1])
 
 
 def test_patches_are_the_middle_of_the_images(tiny):
@@ -77,9 +83,9 @@ def test_patches_are_the_middle_of_the_images(tiny):
     cases = trainer.find_unlabeled_cases()
     image = torch.from_numpy(UnlabeledDataset(cases).load_image("hid_0")[:])
     side = image.shape[2]
-    smaller = Monitor(cases, (side - 4, side - 6))._images[0]
+    smaller = Monitor(cases, (side - 4, side - 6)).images[0]
     assert torch.equal(smaller, image[:, 0, 2 : side - 2, 3 : side - 3])
-    larger = Monitor(cases, (side + 4, side))._images[0]
+    larger = Monitor(cases, (side + 4, side)).images[0]
     assert torch.equal(larger[:, 2:-2], image[:, 0])
     assert not larger[:, :2].any()
 

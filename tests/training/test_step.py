@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.training.step import LossTerm, backward, gradient_is_broken, on_host, scaled, step, weighted_sum
+from nnunet_ssl.training.step import LossTerm, backward, gradient_is_broken, on_host, step, weighted_sum
 
 
 def test_weighted_sum():
@@ -14,11 +14,6 @@ def test_weighted_sum():
     assert weighted_sum(terms).item() == 3.5
     with pytest.raises(ValueError, match="at least one"):
         weighted_sum({})
-
-
-def test_scaled():
-    terms = {"supervised": LossTerm(torch.tensor(2.0), 1.0), "consistency": LossTerm(torch.tensor(3.0), 0.5)}
-    assert weighted_sum(scaled(terms, ["consistency", "other"], 0.2)).item() == pytest.approx(2.3)
 
 
 def test_each_network_is_clipped_by_its_own_norm():

@@ -10,25 +10,24 @@ import torch
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSupervised
-from nnunet_ssl.training.step import LossTerm
 from nnunet_ssl.training.step_guard import LONGEST_RUN, StepGuard
 
 
 def weights(trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for network in trainer.networks for p in network.parameters()])
+    return torch.cat([p.detach().flatten().clone() for network in trainer.predictors for p in network.parameters()])
 
 
 def break_term(trainer, name: str, when) -> None:
     """Make one loss term not a number at some steps; the others stay."""
-    original, count = trainer.loss_terms, iter(range(10**6))
+    original, count = trainer.step, iter(range(10**6))
 
     def broken(labeled, unlabeled):
-        terms = original(labeled, unlabeled)
+        made = original(labeled, unlabeled)
         if when(next(count)):
-            terms[name] = LossTerm(terms[name].value * float("nan"), terms[name].weight)
-        return terms
+            made.losses[name] = made.losses[name] * float("nan")
+        return made
 
-    trainer.loss_terms = broken
+    trainer.step = broken
 
 
 def test_one_bad_step_changes_nothing_and_is_told(tiny):

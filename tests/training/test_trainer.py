@@ -109,7 +109,13 @@ def test_stages_and_the_log(tiny):
 def test_progress_of_a_stage(tiny):
     trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5)
     seen = []
-    trainer.after_step = lambda: seen.append((trainer.in_second_stage, trainer.stage_progress))
+    step = trainer.step
+
+    def watched(labeled, unlabeled):
+        seen.append((trainer.in_second_stage, trainer.stage_progress))
+        return step(labeled, unlabeled)
+
+    trainer.step = watched
     trainer.run_training()
     assert seen == [
         (False, 0.0),
@@ -127,16 +133,16 @@ def test_progress_of_a_stage(tiny):
 def test_the_batch_is_all_labeled_in_stage_1(tiny, batch_size):
     tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
     trainer = tiny.trainer(nnUNetTrainerSemiTC, supervised_fraction=0.5)
-    loss_terms, seen = trainer.loss_terms, []
+    step, seen = trainer.step, []
 
     def watched(labeled, unlabeled):
-        assert len(labeled["data"]) == len(labeled["target"]) == len(labeled["keys"])
-        seen.append((len(labeled["data"]), 0 if unlabeled is None else len(unlabeled["strong"])))
-        distinct = torch.unique(labeled["data"].flatten(1), dim=0)
-        assert len(distinct) == len(labeled["data"])
-        return loss_terms(labeled, unlabeled)
+        assert len(labeled.images) == len(labeled.target) == len(labeled.keys)
+        seen.append((len(labeled.images), 0 if unlabeled is None else len(unlabeled.strong)))
+        distinct = torch.unique(labeled.images.flatten(1), dim=0)
+        assert len(distinct) == len(labeled.images)
+        return step(labeled, unlabeled)
 
-    trainer.loss_terms = watched
+    trainer.step = watched
     trainer.run_training()
     assert seen == [(batch_size, 0)] * 4 + [(batch_size - batch_size // 2, batch_size // 2)] * 4
     assert f"all {batch_size} labeled in stage 1" in log_of(trainer)
