@@ -6,6 +6,7 @@ cd "$root"
 ruff check .
 ruff format --check .
 mypy
+lint-imports --no-logo
 # Two files at a time, one core each, the first ones first: many tests wait for processes that they start.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
