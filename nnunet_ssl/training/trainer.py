@@ -25,7 +25,7 @@ from nnunet_ssl.training.hyperparameters import MethodParameters
 from nnunet_ssl.training.learned import LearnedStructures, names_of_channels
 from nnunet_ssl.training.logger import TermLogger
 from nnunet_ssl.training.method import Method, P
-from nnunet_ssl.training.monitor import STABILITY, Monitor, picture_file
+from nnunet_ssl.training.monitor import STABILITY, Monitor, View, picture_file
 from nnunet_ssl.training.run_record import note_validation, write_record
 from nnunet_ssl.training.schedules import LR_FACTOR, RestartingPolyLRScheduler
 from nnunet_ssl.training.step import LossTerm, finish_step
@@ -178,16 +178,22 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
     def on_epoch_end(self) -> None:
         """Look at the unlabeled patches, print the loss terms, then do what nnU-Net does."""
         if self.monitor is not None:
-            self._look(self.monitor)
+            self._watch(self.monitor)
         waiting = self.learned.describe() if self._unlabeled_terms_are_on else None
         for line in [*self.logger.local_logger.lines(), *filter(None, [waiting])]:
             self.print_to_log_file(line)
         super().on_epoch_end()
 
-    def _look(self, monitor: Monitor) -> None:
-        """Changes nothing in the training: no gradient, no random number of it; one rank can look alone."""
+    def look(self, monitor: Monitor) -> View:
+        """What the method makes of the watched patches.
+
+        Changes nothing in the training: no gradient, no random number of its generators; one rank can look alone.
+        """
         with torch.no_grad(), self.autocast():
-            view = self.view(monitor.images.to(self.device), monitor.generator(self.generator.device))
+            return self.view(monitor.images.to(self.device), monitor.generator(self.generator.device))
+
+    def _watch(self, monitor: Monitor) -> None:
+        view = self.look(monitor)
         self.logger.log(TermLogger.key(STABILITY), monitor.stability(view), self.current_epoch)
         epoch, every = self.current_epoch + 1, self.hp.picture_every
         if every > 0 and (epoch % every == 0 or epoch == self.num_epochs):

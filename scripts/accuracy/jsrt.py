@@ -13,7 +13,8 @@ where it stopped.
 
 from __future__ import annotations
 
-from runs import Experiment, Split, Training, Variant, parse_arguments
+from options import Split, Training, Variant, parse_arguments
+from runs import Experiment
 
 # These labels name sides, which mirrored or turned images hardly tell apart.
 UPRIGHT = ("mirror_axes=[]", "rotation_degrees=15")

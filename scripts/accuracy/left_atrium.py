@@ -12,7 +12,8 @@ the script resumes where it stopped.
 
 from __future__ import annotations
 
-from runs import Experiment, Split, Training, Variant, parse_arguments
+from options import Split, Training, Variant, parse_arguments
+from runs import Experiment
 
 from nnunet_ssl.methods import nnUNetTrainerDualNet
 

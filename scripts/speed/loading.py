@@ -67,7 +67,7 @@ def loading(
     trainer = make_trainer(cls, case, device)
     with contextlib.redirect_stdout(io.StringIO()):
         if getattr(trainer, "uses_unlabeled", False):
-            trainer._unlabeled_cases = trainer.find_unlabeled_cases()
+            trainer.unlabeled_cases = trainer.find_unlabeled_cases()
         if views:
             own = trainer.loader_settings
             trainer.loader_settings = lambda: dataclasses.replace(own(), views=views)

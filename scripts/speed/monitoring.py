@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -34,10 +35,17 @@ def monitor_cost(cases: Sequence[Case], names: Sequence[str], device: torch.devi
             monitor = Monitor(
                 [UnlabeledCase(i, str(folder), "noise") for i in ("a", "b")], trainer.unlabeled_patch_size
             )
-            looks = [functools.partial(monitor.look, trainer, file) for file in (None, str(folder.parent / "a.png"))]
+            looks = [functools.partial(_look, trainer, monitor, file) for file in (None, str(folder.parent / "a.png"))]
             times = time_in_turns([step, *looks], repetitions, device)
             seconds, look, picture = (float(t) for t in np.median(times, axis=0))
             share = (look * (_EVERY - 1) + picture) / _EVERY / (_STEPS_PER_EPOCH * seconds)
             cells = (f"{t:.2f} s" for t in (seconds, look, picture))
             row(case.name, name, *cells, f"{100 * share:.2f} %")
             del trainer, step
+
+
+def _look(trainer: Any, monitor: Monitor, picture: str | None) -> None:
+    view = trainer.look(monitor)
+    monitor.stability(view)
+    if picture is not None:
+        monitor.draw(picture, view)

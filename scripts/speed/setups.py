@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.losses.predictions import downsample_target
 from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.testing.tiny import make_plans
 
 # The stock trainer first; the others in the order of the README.
 MEASURED = {"stock": nnUNetTrainer} | {t.__name__.removeprefix("nnUNetTrainer"): t for t in TRAINERS}
@@ -69,47 +70,21 @@ def planned(
     stages = len(strides)
     configuration = "2d" if dims == 2 else "3d_fullres"
     resampling = dict.fromkeys(("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"), "none")
-    settings = {
-        "data_identifier": f"nnUNetPlans_{configuration}",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": batch,
-        "patch_size": list(patch),
+    plans = make_plans(patch, batch_size=batch)
+    settings = plans["configurations"][configuration]
+    settings |= {
         "median_image_size_in_voxels": [2 * side for side in patch],
         "spacing": list(spacing),
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
         **resampling,
         **{f"{key}_kwargs": {} for key in resampling},
-        "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-            "arch_kwargs": {
-                "n_stages": stages,
-                "features_per_stage": [min(first * 2**i, most) for i in range(stages)],
-                "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
-                "kernel_sizes": [list(kernel) for kernel in kernels],
-                "strides": [list(stride) for stride in strides],
-                "n_conv_per_stage": [2] * stages,
-                "n_conv_per_stage_decoder": [2] * (stages - 1),
-                "conv_bias": True,
-                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
-                "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-        },
-        "batch_dice": dims == 2,
     }
-    plans = {
-        "plans_name": "nnUNetPlans",
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "configurations": {configuration: settings},
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {},
+    settings["architecture"]["arch_kwargs"] |= {
+        "n_stages": stages,
+        "features_per_stage": [min(first * 2**i, most) for i in range(stages)],
+        "kernel_sizes": [list(kernel) for kernel in kernels],
+        "strides": [list(stride) for stride in strides],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
     }
     return Case(name, plans, configuration, num_labels)
 
@@ -185,8 +160,9 @@ def make_trainer(
             (folder / "x.b2nd").touch()
         trainer.initialize()
     trainer.set_deep_supervision_enabled(True)
-    for network in getattr(trainer, "networks", [trainer.network]):
-        network.train()
+    trainer.network.train()
+    for companion in getattr(trainer, "companions", {}).values():
+        companion.start_epoch()
     return trainer
 
 

@@ -38,7 +38,7 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
         torch.randn(n, trainer.num_input_channels, *case.patch).to(trainer.device) for n in (num_labeled, num_unlabeled)
     )
     both = torch.cat([labeled, unlabeled])
-    networks = getattr(trainer, "networks", [trainer.network])
+    networks = getattr(trainer, "predictors", [trainer.network])
     # What networks learn from: how many have labels, which come first.
     learning: list[tuple[nn.Module, torch.Tensor, int]] = [(networks[0], labeled, num_labeled)]
     labeling: list[tuple[nn.Module, torch.Tensor]] = []
