@@ -93,13 +93,17 @@ class Method(ABC, Generic[P]):
     _statistics: dict[str, Tensor | float]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Refuse terms without a weight, where they are declared and not hours later.
+        """Refuse what is declared wrongly, at its own lines and not hours later.
 
         Raises:
-            TypeError: Naming the hyper-parameter that is missing.
+            TypeError: For a term without a weight, and for unlabeled images without what their batches need.
         """
         super().__init_subclass__(**keywords)
         cls.uses_unlabeled = bool(cls.views)
+        if cls.uses_unlabeled and not issubclass(cls.Parameters, MethodParameters):
+            raise TypeError(
+                f"{cls.__name__} loads unlabeled images: derive {cls.Parameters.__name__} from MethodParameters."
+            )
         if cls.weight is not Method.weight:
             return
         weights = [name for name in cls.Parameters.__dataclass_fields__ if name.endswith("_weight")]

@@ -124,7 +124,9 @@ def backward(
     else:
         grad_scaler.scale(total).backward()
         grad_scaler.unscale_(optimizer)
-    return [torch.nn.utils.clip_grad_norm_(network.parameters(), _GRADIENT_NORM) for network in networks]
+    norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), _GRADIENT_NORM) for network in networks]
+    # That of a network without any gradient, such as a head that stage 1 does not use, lies on the CPU.
+    return [norm.to(total.device) for norm in norms]
 
 
 def step(optimizer: Optimizer, grad_scaler: torch.amp.GradScaler | None, is_finite: bool) -> None:

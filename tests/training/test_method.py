@@ -17,7 +17,7 @@ from nnunet_ssl.cli import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerDualNet
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, step_of
-from nnunet_ssl.training import MethodParameters, SemiSupervisedTrainer, Step, parameter
+from nnunet_ssl.training import HyperParameters, MethodParameters, SemiSupervisedTrainer, Step, parameter
 from nnunet_ssl.training.checkpoint import STATE_KEY
 
 
@@ -248,6 +248,13 @@ def test_a_term_needs_a_weight():
         class nnUNetTrainerBad(SemiSupervisedTrainer[Parameters]):
             Parameters = Parameters
             unlabeled_terms = ("consistency", "agreement")
+
+
+def test_unlabeled_images_need_the_parameters_of_methods():
+    with pytest.raises(TypeError, match="loads unlabeled images: derive HyperParameters from MethodParameters"):
+
+        class nnUNetTrainerBad(SemiSupervisedTrainer[HyperParameters]):
+            Parameters = HyperParameters
 
 
 def test_a_step_without_what_is_known_is_an_error_at_its_line():
