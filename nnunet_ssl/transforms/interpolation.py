@@ -1,4 +1,4 @@
-"""Interpolation at arbitrary places, and from knots to voxels: the machinery of ``spatial``."""
+"""Interpolation at arbitrary places, and from knots to voxels: the machinery of ``displacement``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Smooth random vector fields from coarse noise, the machinery of ``spatial.sample_displacement``.
+"""Smooth random vector fields from coarse noise, the machinery of ``displacement.sample_displacement``.
 
 White noise smoothed by a Gaussian of width sigma is the same random field, to a tenth of a per mille, when the noise
 lives on a grid nearly as coarse as sigma. So there is no wide convolution: the Gaussian is evaluated from the coarse
