@@ -7,6 +7,7 @@ nnUNet_extTrainer names their folders (nnunet-ssl env --also DIR).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,9 @@ def find(name: str) -> type:
     if short in known:
         return known[short]
     try:
-        found: type = recursive_find_trainer_class_by_name(f"nnUNetTrainer{short}")
+        # nnU-Net prints where it looks.
+        with contextlib.redirect_stdout(None):
+            found: type = recursive_find_trainer_class_by_name(f"nnUNetTrainer{short}")
     except RuntimeError:
         raise UserError(
             f"No trainer {name!r}; there are {', '.join(t.__name__ for t in known.values())}. Trainers of your own are "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.testing import gradients, kinds, leakage, masks, numbers, prediction, processes, resuming
+from nnunet_ssl.testing import gradients, kinds, leakage, masks, prediction, processes, resuming, steps
 from nnunet_ssl.testing.bench import Bench, random_numbers_restored, without_drawing
 from nnunet_ssl.testing.broken import BrokenPromise, describe, place_of_error
 
@@ -32,7 +32,8 @@ class Promise:
         says: In one line.
         keep: Returns where a trainer keeps it on a bench, and raises BrokenPromise where not.
         start: Starts what may run beside other promises.
-        after: Promises without which this one says nothing; where one of them is broken, it is not tried.
+        after: Promises without which this one says nothing, besides the first, without which none does; where one of
+            them is broken, it is not tried.
         in_3d: Whether ``keep`` takes a patch and is tried with a 3D one too.
     """
 
@@ -55,6 +56,7 @@ class Promise:
 
 
 PROMISES: tuple[Promise, ...] = (
+    Promise(steps.STEP, "networks are built, and a step is taken", steps.a_step_is_taken),
     Promise(
         gradients.GRADIENTS,
         "every loss term trains the networks that it names, wholly, and no other",
@@ -69,11 +71,11 @@ PROMISES: tuple[Promise, ...] = (
         in_3d=True,
     ),
     Promise(masks.MASKS, "voxels that nobody annotated teach nothing about labels", masks.ignored_voxels_teach_nothing),
-    Promise(numbers.FINITE, "losses and weights stay finite in half precision", numbers.steps_are_finite),
+    Promise(steps.FINITE, "losses and weights stay finite in half precision", steps.steps_are_finite),
     Promise(
-        numbers.SKIPPING,
+        steps.SKIPPING,
         "a step that is not finite changes nothing",
-        numbers.skipped_steps_change_nothing,
+        steps.skipped_steps_change_nothing,
     ),
     Promise(kinds.KINDS, "regions, ignored voxels and 3D images train too", kinds.every_kind_of_data_trains),
     Promise(leakage.LEAKAGE, "labels of unlabeled cases cannot change a weight", leakage.hidden_labels_change_nothing),
@@ -144,12 +146,10 @@ def check_method(cls: type, only: Sequence[str] = (), device: str = "cpu") -> li
     with tempfile.TemporaryDirectory() as folder, without_drawing(), random_numbers_restored():
         bench = Bench(Path(folder), device)
         try:
-            # Importing everything takes a process longer than most promises take. An error comes up again below.
-            for promise in reversed(wanted):
-                if promise.start is not None:
-                    _quietly(promise.start, cls, bench)
             for promise in sorted(wanted, key=lambda p: p.start is not None):
                 outcomes.append(_try(promise, cls, bench, outcomes))
+                if len(outcomes) == 1 and outcomes[0].state == OK:
+                    _start(wanted, cls, bench)
         finally:
             bench.clear()
     order = [promise.name for promise in wanted]
@@ -180,8 +180,18 @@ def require_device(device: str) -> None:
         raise UserError(f"PyTorch finds no device {device!r} here; it finds {', '.join(d for d in there if there[d])}.")
 
 
+def _start(promises: Sequence[Promise], cls: type, bench: Bench) -> None:
+    """Let run what may run beside other promises: importing everything takes a process longer than most of them take.
+
+    Two processes first. An error comes up again where the promise is tried.
+    """
+    for promise in reversed(promises):
+        if promise.start is not None:
+            _quietly(promise.start, cls, bench)
+
+
 def _try(promise: Promise, cls: type, bench: Bench, before: Sequence[Outcome]) -> Outcome:
-    broken = [o.promise for o in before if o.promise in promise.after and o.state != OK]
+    broken = [o.promise for o in before if o.promise in (steps.STEP, *promise.after) and o.state != OK]
     if broken:
         return Outcome(promise.name, promise.says, NOT_TRIED, 0.0, f"because {broken[0]} is broken")
     start = time.monotonic()

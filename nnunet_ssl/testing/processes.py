@@ -76,9 +76,9 @@ class Pair:
                 process.wait()
 
 
-def start_pair(cls: type, bench: Bench, timeout: float = WAIT) -> Pair:
+def start_pair(cls: type, bench: Bench) -> Pair:
     """Let two processes train beside this one; once per bench."""
-    return bench.once(("pair", cls), lambda: _start(cls, bench, timeout))
+    return bench.once(("pair", cls), lambda: _start(cls, bench, WAIT))
 
 
 def two_processes_train_one_model(cls: type, bench: Bench) -> None:

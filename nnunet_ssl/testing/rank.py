@@ -20,7 +20,7 @@ from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.nnunet.foreign_trainers import load_trainers
 from nnunet_ssl.testing.broken import describe, place_of_error
 from nnunet_ssl.testing.networks import Weights, weights_of
-from nnunet_ssl.testing.numbers import break_losses, feed
+from nnunet_ssl.testing.steps import break_losses, feed
 from nnunet_ssl.testing.tiny import TinyDataset, step_of
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 

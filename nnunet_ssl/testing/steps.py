@@ -1,4 +1,4 @@
-"""Promises about numbers: they stay finite in half precision, and a step that is not finite changes nothing."""
+"""Promises about single steps: they are taken, stay finite in half precision, and change nothing where they do not."""
 
 from __future__ import annotations
 
@@ -14,15 +14,34 @@ from nnunet_ssl.testing.bench import Bench
 from nnunet_ssl.testing.broken import BrokenPromise
 from nnunet_ssl.testing.gradients import switched_on
 from nnunet_ssl.testing.networks import counted, differing, networks_of, weights_of
-from nnunet_ssl.training.method import Step
+from nnunet_ssl.training.method import NETWORK, Step
 
-FINITE, SKIPPING = "finite", "skipping"
+STEP, FINITE, SKIPPING = "step", "finite", "skipping"
 EXTREMES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant images": lambda images: torch.full_like(images, 3.0),
     "images of zeros": torch.zeros_like,
     "huge values": lambda images: images * 1e4,
 }
 CONFIDENT = "networks that are sure of every voxel"
+
+
+def a_step_is_taken(cls: type, bench: Bench) -> None:
+    """Networks are built, and a step with labeled and unlabeled images changes the plan's network.
+
+    Raises:
+        BrokenPromise: Where it does not.
+    """
+    with bench.data(device=bench.device) as tiny:
+        trainer = tiny.initialized(cls, supervised_fraction=0.0)
+        labeled, unlabeled = tiny.batches(trainer)
+        feed(trainer, unlabeled)
+        before = weights_of(trainer)
+        trainer.train_step(labeled)
+        changed = differing(before, weights_of(trainer))
+    if not any(name.startswith(f"{NETWORK}.") for name in changed):
+        raise BrokenPromise(
+            STEP, "A step does not change the plan's network.", f"Look whether {cls.__name__} overrides train_step."
+        )
 
 
 def steps_are_finite(cls: type, bench: Bench, patch: str = "2d", **ssl: Any) -> None:
@@ -48,16 +67,16 @@ def step_is_finite(cls: type, bench: Bench, situation: str, patch: str = "2d", *
             unlabeled |= {view: change(unlabeled[view]) for view in VIEWS}
         labeled["target"] = torch.zeros_like(labeled["target"])
         feed(trainer, unlabeled)
+        given = _noted_terms(trainer)
         output = trainer.train_step(labeled)
         values = dict(zip(trainer.logger.local_logger.step_names, output["terms"].tolist()))
-        told = [*trainer.term_names, *trainer._statistics]
-        bad = [name for name in told if not math.isfinite(values[name])]
+        bad = [name for name in (*given, *trainer._statistics) if not math.isfinite(values[name])]
         weights = [name for name, value in weights_of(trainer).items() if not torch.isfinite(value).all()]
     if bad or weights or not output["finite"]:
         what = f"{', '.join(bad)} is" if bad else "a weight is" if weights else "the gradient is"
         raise BrokenPromise(
             FINITE,
-            f"With {situation} and bfloat16, {what} not finite or missing.",
+            f"With {situation} and bfloat16, {what} not finite.",
             "Sums, logarithms and divisions need float32: use self.probabilities and self.log_probabilities, or "
             "runtime.precision.at_least_float32, and add to what is divided by.",
         )
@@ -100,10 +119,24 @@ def break_losses(trainer: Any) -> None:
     made = trainer.step
 
     def broken(*batches: Any) -> Step:
-        step = made(*batches)
+        step: Step = made(*batches)
         return step._replace(losses={name: loss * float("nan") for name, loss in step.losses.items()})
 
     trainer.step = broken
+
+
+def _noted_terms(trainer: Any) -> list[str]:
+    """Names of the losses that the next steps give, in a list that they fill."""
+    names: list[str] = []
+    made = trainer.step
+
+    def noted(*batches: Any) -> Step:
+        step: Step = made(*batches)
+        names.extend(step.losses)
+        return step
+
+    trainer.step = noted
+    return names
 
 
 def _memory(trainer: Any) -> dict[str, Any]:
