@@ -17,6 +17,7 @@ VERBS = {
     "cascade": "segment the unlabeled images with a cascade's first stage, for its second",
     "split": "append folds that hide the labels of some cases, for experiments",
     "configure": "write a plans file with hyper-parameters, or with a smaller network",
+    "check": "put trainers to the test that all of this package pass, yours too",
     "train": "train in processes that torchrun starts, on several machines",
     "compare": "score trainers on held-out cases, and write tables and a report page",
     "postprocess": "remove small or separate objects and fill holes in predictions",

@@ -21,6 +21,8 @@ from nnunet_ssl.training.step import LossTerm, weighted_sum
 
 # Reading order of the shapes: 2D, isotropic 3D, anisotropic 3D (nnU-Net augments its slices as 2D images).
 PATCHES = {"2d": (32, 32), "3d": (16, 16, 16), "anisotropic": (4, 32, 32)}
+# What the labels of a data set are: classes of which one holds, overlapping regions, or either with ignored voxels.
+SCENARIOS = ("labels", "regions", "ignore", "regions and ignore")
 
 
 def make_plans(patch: tuple[int, ...], *, channels: int = 1, batch_size: int = 4, ssl: dict | None = None) -> dict:
@@ -100,6 +102,14 @@ SSL = {
 }  # fmt: skip
 
 
+def make_labels(num_labels: int, scenario: str = "labels") -> dict[str, Any]:
+    """The entry "labels" of dataset.json, for one of ``SCENARIOS``; the first region holds all others."""
+    named: dict[str, Any] = {"background": 0, **{f"structure {i}": i for i in range(1, num_labels)}}
+    if "regions" in scenario:
+        named["structure 1"] = list(range(1, num_labels))
+    return named | ({"ignore": num_labels} if "ignore" in scenario else {})
+
+
 def in_place(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Hyper-parameters by name to where a trainer reads them in the plans, without those of other built-in methods.
 
@@ -113,20 +123,40 @@ def in_place(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 class TinyDataset:
-    """A preprocessed data set in nnU-Net's folders: 4 labeled, 3 hidden, 2 validation, 8 unlabeled cases."""
+    """A preprocessed data set in nnU-Net's folders: 4 labeled, 3 hidden, 2 validation, 8 unlabeled cases.
+
+    Args:
+        root: Holds nnU-Net's three folders.
+        patch: Of the plans and of the images, in voxels.
+        num_labels: Background included.
+        channels: Of the images.
+        scenario: One of ``SCENARIOS``.
+        device: Where its trainers train.
+    """
 
     labeled = ("lab_0", "lab_1", "lab_2", "lab_3")
     hidden = ("hid_0", "hid_1", "hid_2")
     validation = ("val_0", "val_1")
     unlabeled = tuple(f"un_{i}" for i in range(8))
 
-    def __init__(self, root: Path, patch: tuple[int, ...], num_labels: int = 3, channels: int = 1) -> None:
+    def __init__(
+        self,
+        root: Path,
+        patch: tuple[int, ...],
+        num_labels: int = 3,
+        channels: int = 1,
+        scenario: str = "labels",
+        device: str = "cpu",
+    ) -> None:
         self.root, self.patch, self.channels, self.num_labels = root, patch, channels, num_labels
+        self.device = torch.device(device)
         self.shape = (1, *patch) if len(patch) == 2 else patch
         self.plans = make_plans(patch, channels=channels, ssl=dict(SSL))
         (self.configuration,) = self.plans["configurations"]
-        names = ["background", *(f"structure {i}" for i in range(1, num_labels))]
-        self.dataset_json = make_dataset_json({n: i for i, n in enumerate(names)}, channels)
+        self.ignore_label = num_labels if "ignore" in scenario else None
+        self.has_regions = "regions" in scenario
+        order = list(range(1, num_labels)) if self.has_regions else None
+        self.dataset_json = make_dataset_json(make_labels(num_labels, scenario), channels, order)
         self.base = root / "nnUNet_preprocessed" / self.plans["dataset_name"]
         self.folder = self.base / self.plans["configurations"][self.configuration]["data_identifier"]
         self._write()
@@ -161,7 +191,16 @@ class TinyDataset:
         """Write a preprocessed case: labels of noise, and an image that shows them under noise."""
         labels = rng.integers(0, self.num_labels, (1, *self.shape)).astype(np.int16)
         image = (rng.normal(size=(self.channels, *self.shape)) + labels).astype(np.float32)
-        locations = {c: np.argwhere(labels == c) for c in range(1, self.num_labels)}
+        locations: dict[Any, np.ndarray] = {c: np.argwhere(labels == c) for c in range(1, self.num_labels)}
+        if self.has_regions:
+            # nnU-Net names regions as dataset.json does, and all that is annotated by -1 and every label.
+            locations[tuple(range(1, self.num_labels))] = np.argwhere(labels > 0)
+            del locations[1]
+        if self.ignore_label is not None:
+            labels[..., : self.patch[-1] // 4] = self.ignore_label
+            locations = {key: where[where[:, -1] >= self.patch[-1] // 4] for key, where in locations.items()}
+            all_annotated = (-1, *range(self.num_labels))
+            locations[all_annotated] = np.argwhere(labels != self.ignore_label)
         whole = tuple(image.shape)
         nnUNetDatasetBlosc2.save_case(
             image, labels, {"class_locations": locations}, str(self.folder / case), whole, whole, (1, *self.shape),
@@ -184,14 +223,14 @@ class TinyDataset:
             self._write_blosc(self.folder / f"{case}_seg.b2nd", noise)
 
     def trainer(self, cls: type, fold: int | str = 0, **ssl: Any) -> Any:
-        """A trainer of this data set on the CPU, with further hyper-parameters; not initialized.
+        """A trainer of this data set, with further hyper-parameters; not initialized.
 
         Hyper-parameters of other methods may be among them, so that one set serves all trainers.
         """
         plans = json.loads(json.dumps(self.plans))
         plans["ssl"] = merged(plans["ssl"], in_place(cls, ssl))
         plans["continue_training"] = False
-        trainer = cls(plans, self.configuration, fold, dict(self.dataset_json), torch.device("cpu"))
+        trainer = cls(plans, self.configuration, fold, dict(self.dataset_json), self.device)
         if not hasattr(trainer, "hp"):
             for name, value in (
                 ("num_epochs", 4),
@@ -212,22 +251,38 @@ class TinyDataset:
         return trainer
 
     def batches(self, trainer: Any, seed: int = 0) -> tuple[dict, dict]:
-        """A labeled and an unlabeled batch of noise, as loaders give them; every view is other noise."""
+        """A labeled and an unlabeled batch of noise, as loaders give them; every view is other noise.
+
+        Where voxels are ignored, these are a quarter of every labeled example.
+        """
         rng = torch.Generator().manual_seed(seed)
         size = (self.channels, *self.patch)
         labeled = trainer.batch_size
         target = torch.randint(0, self.num_labels, (labeled, 1, *self.patch), generator=rng).to(torch.int16)
         data = torch.randn((labeled, *size), generator=rng)
+        if self.ignore_label is not None:
+            target[..., : self.patch[-1] // 4] = self.ignore_label
+        target = self.as_target(target)
         larger = getattr(trainer, "unlabeled_patch_size", self.patch)
         unlabeled_size = (max(1, getattr(trainer, "unlabeled_batch_size", 0)), self.channels, *larger)
         views = {name: torch.randn(unlabeled_size, generator=rng) for name in ("strong", "weak", "strong_2")}
         return {"data": data, "target": target, "keys": []}, {**views, "keys": []}
 
+    def as_target(self, labels: torch.Tensor) -> torch.Tensor:
+        """A label map (B, 1, *S) as nnU-Net's loss takes it: as it is, or as channels of regions."""
+        if not self.has_regions:
+            return labels
+        regions = [labels > 0, *(labels == c for c in range(2, self.num_labels))]
+        if self.ignore_label is not None:
+            regions[0] = regions[0] & (labels != self.ignore_label)
+            regions.append(labels == self.ignore_label)
+        return torch.cat(regions, 1).to(labels.dtype)
+
 
 def step_of(trainer: Any, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> Step:
     """What a trainer's method makes of batches as loaders give them, without autocast and without a step."""
-    views = None if unlabeled is None or not trainer.uses_unlabeled else Unlabeled.of(unlabeled)
-    made: Step = trainer.step(Labeled.of(labeled), views)
+    views = None if unlabeled is None or not trainer.uses_unlabeled else Unlabeled.of(unlabeled).to(trainer.device)
+    made: Step = trainer.step(Labeled.of(labeled).to(trainer.device), views)
     return made
 
 
