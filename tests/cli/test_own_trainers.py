@@ -17,6 +17,16 @@ from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 from nnunet_ssl.testing.tiny import make_plans
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
+ABSTRACT = """
+import abc
+
+from nnunet_ssl.methods import nnUNetTrainerSupervised
+
+
+class Base(nnUNetTrainerSupervised):
+    @abc.abstractmethod
+    def missing(self): ...
+"""
 MIRROR = '''
 from __future__ import annotations
 
@@ -62,8 +72,9 @@ def test_the_look_up_finds_what_nnunet_finds_in_its_order_and_leaves_nothing_beh
     other = tmp_path / "other"
     (other / "package" / "inner").mkdir(parents=True)
     for folder in (other / "package", other / "package" / "inner"):
-        (folder / "__init__.py").write_text("raise_nothing = True\n")
+        (folder / "__init__.py").touch()
     (other / "mirror.py").write_text(MIRROR.replace("Mirror", "Second"))
+    (other / "base.py").write_text(ABSTRACT)
     (other / "package" / "inner" / "deep.py").write_text(MIRROR.replace("Mirror", "Deep"))
     (other / "package" / "again.py").write_text("from mirror import nnUNetTrainerSecond\n")
     names = [str(trainers_folder()), str(mine), str(tmp_path / "missing"), "", str(other)]

@@ -82,6 +82,16 @@ def test_shared_names_stand_flat_for_all_or_in_a_block_for_one():
     assert [read(block, BY_METHOD[m]).unlabeled_ramp for m in ("SemiTC", "DualNet", "FDPL")] == [0.0, 0.4, 0.0]
 
 
+@pytest.mark.parametrize(("methods", "fraction", "ramp"), [
+    (("SupTC", "SemiTC", "SemiTCPlus"), 0.5, 0.0), (("DualNet", "FDPL"), 0.25, 0.4),
+])  # fmt: skip
+def test_methods_have_defaults_of_their_own_for_what_is_shared(methods, fraction, ramp):
+    assert (MethodParameters().supervised_fraction, MethodParameters().unlabeled_ramp) == (0.0, 0.0)
+    for method in methods:
+        hp = read({}, BY_METHOD[method])
+        assert (hp.supervised_fraction, hp.unlabeled_ramp) == (fraction, ramp)
+
+
 def test_one_name_of_two_methods_is_tuned_apart():
     block = {"SemiTC": {"consistency_weight": 0.5}, "DualNet": {"consistency_weight": 2.0}}
     found = [read(block, BY_METHOD[m]).consistency_weight for m in ("SupTC", "SemiTC", "SemiTCPlus", "DualNet")]
