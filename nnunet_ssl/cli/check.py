@@ -30,13 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("cpu", "cuda", "mps"),
         default="cpu",
-        help="where steps are tried; what is compared bit by bit stays on the CPU (default cpu)",
+        help="where steps are tried; what is compared bit by bit stays on the CPU (default cpu). On cuda, waits, "
+        "recompilations, time and memory are told too",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table per trainer; 1 where a promise is broken."""
     from nnunet_ssl.testing.check import BROKEN, PROMISES, check_method, require_device, select
+    from nnunet_ssl.testing.device import measure
 
     if arguments.list:
         width = max(len(promise.name) for promise in PROMISES)
@@ -53,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{cls.__name__}", flush=True)
         outcomes = check_method(cls, arguments.only, arguments.device)
         print(report(outcomes), flush=True)
+        if arguments.device == "cuda":
+            print("\n".join(["", *measure(cls, arguments.device)]), flush=True)
         is_broken = is_broken or any(outcome.state == BROKEN for outcome in outcomes)
     return int(is_broken)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nnunet_ssl.blocks.companion import Companion
 from nnunet_ssl.testing.bench import Bench
 from nnunet_ssl.testing.broken import BrokenPromise
 from nnunet_ssl.testing.networks import Weights, counted, differing, networks_of
+from nnunet_ssl.testing.tiny import TinyDataset
 from nnunet_ssl.testing.whole import SHARED_SETTINGS, keep_checkpoints, resume, shared_training, train
 from nnunet_ssl.training.checkpoint import COMPANIONS, STATE_KEY
 
@@ -52,33 +54,30 @@ def every_network_is_saved(cls: type, bench: Bench) -> None:
         )
 
 
-def resuming_changes_nothing(cls: type, bench: Bench) -> None:
+def resuming_changes_nothing(cls: type, bench: Bench, batch_size: int | None = None, **ssl: Any) -> None:
     """A training that stops after an epoch and goes on ends like one that never stopped, whichever epoch it is.
+
+    Args:
+        cls: A trainer.
+        bench: Where.
+        batch_size: The plan's, if another than usual.
+        ssl: Hyper-parameters, if others than in trainings that several promises look at; None for the default.
 
     Raises:
         BrokenPromise: Naming the epoch and the weights that differ.
     """
-    whole = shared_training(cls, bench)
-    for epoch, checkpoint in whole.checkpoints.items():
-        with bench.data() as tiny:
-            _check_equal(cls, epoch, whole.weights, resume(cls, tiny, checkpoint, **SHARED_SETTINGS))
-
-
-def resuming_once_changes_nothing(cls: type, bench: Bench, epoch: int, batch_size: int = 4, **ssl: Any) -> None:
-    """The same for a stop before one epoch, with other hyper-parameters.
-
-    Raises:
-        BrokenPromise: Naming the weights that differ.
-    """
-    settings = {"learned_dice": 0.5, **ssl}
-    with bench.data() as tiny:
-        tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
-        trainer = tiny.trainer(cls, **settings)
-        checkpoints = keep_checkpoints(trainer)
-        whole = train(trainer)
-    with bench.data() as tiny:
-        tiny.plans["configurations"]["2d"]["batch_size"] = batch_size
-        _check_equal(cls, epoch, whole, resume(cls, tiny, checkpoints[epoch], **settings))
+    settings = {name: value for name, value in {**SHARED_SETTINGS, **ssl}.items() if value is not None}
+    if batch_size is None and not ssl:
+        training = shared_training(cls, bench)
+        whole, checkpoints = training.weights, training.checkpoints
+    else:
+        with _data(bench, batch_size) as tiny:
+            trainer = tiny.trainer(cls, **settings)
+            checkpoints = keep_checkpoints(trainer)
+            whole = train(trainer)
+    for epoch, checkpoint in checkpoints.items():
+        with _data(bench, batch_size) as tiny:
+            _check_equal(cls, epoch, whole, resume(cls, tiny, checkpoint, **settings))
 
 
 def unsaved_weights(trainer: Any) -> list[str]:
@@ -97,6 +96,14 @@ def shared_storages(trainer: Any) -> int:
     # Within one network nnU-Net registers the encoder twice, so sets are compared between networks.
     storages = [{v.data_ptr() for v in n.state_dict().values() if v.numel()} for n in networks_of(trainer).values()]
     return sum(map(len, storages)) - len(set().union(*storages))
+
+
+@contextmanager
+def _data(bench: Bench, batch_size: int | None) -> Iterator[TinyDataset]:
+    with bench.data() as tiny:
+        if batch_size is not None:
+            tiny.plans["configurations"][tiny.configuration]["batch_size"] = batch_size
+        yield tiny
 
 
 def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from nnunet_ssl.losses.predictions import downsample_target
-from nnunet_ssl.methods import nnUNetTrainerDualNet
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC
 from nnunet_ssl.nnunet.plans import RESIDUAL, with_partner_network
+from nnunet_ssl.testing.bench import Bench
+from nnunet_ssl.testing.device import Pass, heard_waits, measure, passes, ready, recompilations
+from nnunet_ssl.testing.networks import differing, weights_of
+from nnunet_ssl.testing.operations import DoublePrecision, Waits
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 from nnunet_ssl.transforms.interpolation import spline_matrix
 
@@ -31,9 +35,7 @@ def test_residual_encoder_plans(tmp_path, trainer_class, patch):
     assert type(trainer.network).__name__ == "ResidualEncoderUNet"
     again = tiny.trainer(trainer_class, num_epochs=3)
     again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
-    for ours, theirs in zip(again.networks, trainer.networks):
-        for a, b in zip(ours.parameters(), theirs.parameters()):
-            assert torch.equal(a, b)
+    assert not differing(weights_of(again), weights_of(trainer))
     again.run_training()
     values = [again.logger.get_value(f"ssl_{name}", step=-1) for name in again.term_names]
     assert np.isfinite(values).all()
@@ -54,59 +56,26 @@ def test_compiled_networks_train_alike(tmp_path, trainer_class, monkeypatch):
                 patch.setattr(trainer_class, "_do_i_compile", lambda self: True)
             trainer = tiny.trainer(trainer_class, supervised_fraction=0.5)
             trainer.run_training()
-        assert all(hasattr(network, "_orig_mod") == compiled for network in trainer.networks)
+        networks = [trainer.network, *(companion.module for companion in trainer.companions.values())]
+        assert all(hasattr(network, "_orig_mod") == compiled for network in networks)
         checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
-        partner = checkpoint["nnunet_ssl"]["partner"]
-        weights.append([*checkpoint["network_weights"].items(), *(partner["weights"].items() if partner else ())])
+        companions = checkpoint["nnunet_ssl"]["companions"].values()
+        saved = [checkpoint["network_weights"], *(companion["weights"] for companion in companions)]
+        weights.append([item for state in saved for item in state.items()])
     assert [name for name, _ in weights[0]] == [name for name, _ in weights[1]]
     for (name, plain), (_, traced) in zip(*weights):
         torch.testing.assert_close(plain, traced, atol=1e-4, rtol=1e-3, msg=name)
-
-
-class DoublePrecision(TorchDispatchMode):
-    """Notes the operations that give tensors of double precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(result)):
-            self.operations.append(str(func))
-        return result
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 def test_a_step_knows_no_double_precision(tmp_path, trainer_class, patch):
     """Apple's devices (MPS) have none: an operation in double precision would end the training there."""
     spline_matrix.cache_clear()
-    tiny = TinyDataset(tmp_path, PATCHES[patch])
-    trainer = tiny.initialized(trainer_class, supervised_fraction=0.0)
-    labeled, unlabeled = tiny.batches(trainer)
-    trainer.dataloader_unlabeled = iter([unlabeled]) if trainer.uses_unlabeled else None
-    with DoublePrecision() as found:
-        step = trainer.train_step(labeled)
-    assert np.isfinite(step["loss"])
+    step = ready(trainer_class, TinyDataset(tmp_path, PATCHES[patch]))
+    with DoublePrecision(trainer_class) as found:
+        taken = step()
+    assert np.isfinite(taken["loss"])
     assert found.operations == []
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations for which the host would wait for a device: those that hand it a value or a size."""
-
-    _HANDING_OVER = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        dtypes = {t.dtype for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor)}
-        # What a mask selects has a size that the host must know.
-        if name in self._HANDING_OVER or (name.startswith("index") and torch.bool in dtypes):
-            self.operations.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
@@ -116,20 +85,67 @@ def test_a_step_waits_for_the_device_as_often_as_a_stock_step(tmp_path, trainer_
     DualNet asks which network teaches: the answer saves the teacher's backward pass.
     """
     tiny = TinyDataset(tmp_path, PATCHES[patch])
-    counts = []
+    found = []
     for cls in (nnUNetTrainer, trainer_class):
-        trainer = tiny.trainer(cls, supervised_fraction=0.0)
-        trainer.initialize()
-        trainer.set_deep_supervision_enabled(True)
-        labeled, unlabeled = tiny.batches(trainer)
-        if cls is nnUNetTrainer:
-            shapes = [tuple(o.shape[2:]) for o in trainer.network(labeled["data"])]
-            labeled["target"] = downsample_target(labeled["target"], shapes)
-        else:
-            trainer.dataloader_unlabeled = iter([unlabeled] * 2) if trainer.uses_unlabeled else None
-        trainer.train_step(labeled)
-        with Waits() as found:
-            trainer.train_step(labeled)
-        counts.append(found.operations)
-    allowed = [*counts[0], *(["_local_scalar_dense"] if trainer_class is nnUNetTrainerDualNet else [])]
-    assert counts[1] == allowed
+        step = ready(cls, tiny)
+        step()
+        with Waits(cls) as waits:
+            step()
+        found.append(waits)
+    stock, ours = found
+    is_dual = trainer_class is nnUNetTrainerDualNet
+    assert ours.operations == [*stock.operations, *(["_local_scalar_dense"] if is_dual else [])]
+    if is_dual:
+        (place,) = filter(None, ours.places)
+        file, _, line = place.rpartition(":")
+        assert ".item()" in Path(file).read_text().splitlines()[int(line) - 1]
+
+
+def test_waiting_for_a_gpu_is_heard_where_it_happens():
+    """What PyTorch says on CUDA, in its words; there is no GPU here."""
+    places = []
+
+    def wait():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    with heard_waits(lambda: places.append([name for _, _, name, _ in traceback.extract_stack()][-4])):
+        wait()
+    assert places == ["wait"]
+
+
+def test_what_passes_through_the_networks_of_a_step(tiny):
+    """Two labeled and two unlabeled examples; the student's network is the one that passes the latter with gradient."""
+    found = passes(nnUNetTrainerDualNet, tiny)
+    assert sorted(found.values()) == [
+        [Pass(2, True), Pass(2, False)],
+        [Pass(2, True), Pass(2, True)],
+    ]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_what_is_compiled_after_the_first_epoch_is_named(tmp_path, monkeypatch):
+    """A network whose kind of pass changes from epoch to epoch is; one that does the same again is not."""
+
+    class Growing(nnUNetTrainerSemiTC):
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            self.network._orig_mod.encoder.epoch = self.current_epoch
+
+        def build(self):
+            super().build()
+            encoder = self.network._orig_mod.encoder
+            encoder.epoch, forward = 0, encoder.forward
+            encoder.forward = lambda x: [skip * (1 + encoder.epoch) for skip in forward(x)]
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(nnUNetTrainerSemiTC, "_do_i_compile", lambda self: True)
+    assert recompilations(nnUNetTrainerSemiTC, Bench(tmp_path / "same")) == []
+    assert recompilations(Growing, Bench(tmp_path / "growing"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_costs_are_measured_on_a_gpu_alone(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="finds no device 'cuda'" if device == "cuda" else "on cuda, not on cpu"):
+        measure(nnUNetTrainerDualNet, device)
