@@ -21,7 +21,7 @@ def test_it_equals_the_stock_trainer_through_a_whole_training(tiny):
     np.random.seed(SSL["seed"])
     stock.run_training()
     for name, value in stock.network.state_dict().items():
-        torch.testing.assert_close(weights["network"][name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights[f"network.{name}"], value, atol=1e-5, rtol=1e-4)
 
 
 def test_it_has_no_second_loader_and_one_network(tiny):
