@@ -128,10 +128,19 @@ def outside_of_mask(image: torch.Tensor) -> torch.Tensor:
     Returns:
         Boolean (1, *S).
     """
-    pool = torch.nn.functional.max_pool2d if image.ndim == 3 else torch.nn.functional.max_pool3d
     largest = image.abs().amax(dim=0, keepdim=True)
-    eroded = pool(largest, 3, stride=1, padding=1) < _RESAMPLING_NOISE
-    return pool(eroded.float(), 3, stride=1, padding=1) > 0
+    return _largest_nearby(_largest_nearby(largest) < _RESAMPLING_NOISE)
+
+
+def _largest_nearby(image: Tensor) -> Tensor:
+    """Maximum of a window of 3 voxels per axis, (C, *S); axis by axis, as max pooling takes twenty times as long."""
+    for axis in range(1, image.ndim):
+        largest = image.clone()
+        for here, there in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+            target, neighbor = ((slice(None),) * axis + (part,) for part in (here, there))
+            torch.maximum(largest[target], image[neighbor], out=largest[target])
+        image = largest
+    return image
 
 
 @dataclasses.dataclass(frozen=True)

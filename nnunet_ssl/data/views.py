@@ -48,10 +48,11 @@ class Views(BasicTransform):
         super().__init__()
         self.names = check_views(names)
         steps = _steps(transforms)
-        first = next((i for i, step in enumerate(steps) if _changes_intensities(step)), len(steps))
-        self._before, self._after = steps[:first], steps[first:]
-        for step in self._after:
-            if not _changes_intensities(step) and not _is_drawn_at_once(step):
+        own = [_changes_intensities(step) for step in steps]
+        first = own.index(True) if True in own else len(steps)
+        self._before, self._after = steps[:first], list(zip(steps[first:], own[first:]))
+        for step, is_own in self._after:
+            if not is_own and not _is_drawn_at_once(step):
                 raise UserError(
                     f"{type(step).__name__} draws random numbers while it changes an image, so that views of one image "
                     f"would move apart. Put it before the transforms of intensities."
@@ -67,8 +68,8 @@ class Views(BasicTransform):
             data = step(**data)
         first, *others = self.names
         views = {first: data, **{name: _copy(data) for name in others}}
-        for step in self._after:
-            if _changes_intensities(step):
+        for step, is_own in self._after:
+            if is_own:
                 views |= {name: step(**view) for name, view in views.items() if name != WEAK}
             else:
                 parameters = step.get_parameters(**views[first])
