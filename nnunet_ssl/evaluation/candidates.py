@@ -291,7 +291,8 @@ def _settings(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 def _curves(checkpoint: Path) -> dict[str, list[float]]:
     """Every logged series of numbers; the weights in the file are not read."""
     try:
-        logged = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
+        # The oldest PyTorch that nnU-Net allows (2.1) maps a file by its name alone.
+        logged = torch.load(str(checkpoint), map_location="cpu", weights_only=False, mmap=True)["logging"]
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{checkpoint} cannot be read as nnU-Net's checkpoint: {error}") from None
     series = {key: values for key, values in logged.items() if not key.endswith("_timestamps")}
