@@ -99,7 +99,7 @@ def _gradients(cls: type, tiny: TinyDataset, label: int | None) -> _Found:
     assert tiny.ignore_label is not None
     batch = torch.where(ignored, tiny.ignore_label, batch)
     batch = batch if label is None else torch.where(probed, label, batch)
-    labeled["target"] = tiny.as_target(batch.to(labeled["target"].dtype))
+    labeled["target"] = tiny.as_target(batch.to(torch.int16))
     with _passes(trainer, labeled["data"].to(trainer.device)) as seen:
         losses = step_of(trainer, labeled, unlabeled).losses
     found: _Found = {}
