@@ -18,6 +18,8 @@ from nnunet_ssl.testing.tiny import TinyDataset, step_of
 MASKS = "masks"
 # So many voxels get a label in turn: few enough to change no sum over a batch by much.
 _PROBED = 8
+# What warping an image by nothing may change of it.
+_ROUNDING = 1e-4
 # A gradient that a label of its own voxel makes changes by about its own length.
 _TOLERANCE = 0.1
 
@@ -97,7 +99,7 @@ def _gradients(cls: type, tiny: TinyDataset, label: int | None) -> _Found:
     assert tiny.ignore_label is not None
     batch = torch.where(ignored, tiny.ignore_label, batch)
     batch = batch if label is None else torch.where(probed, label, batch)
-    labeled["target"] = tiny.as_target(batch.to(labeled["target"].dtype))
+    labeled["target"] = tiny.as_target(batch.to(torch.int16))
     with _passes(trainer, labeled["data"].to(trainer.device)) as seen:
         losses = step_of(trainer, labeled, unlabeled).losses
     found: _Found = {}
@@ -128,7 +130,8 @@ def _passes(trainer: Any, images: Tensor) -> Iterator[list[Seen]]:
         if not logits.requires_grad or data.shape[1:] != images.shape[1:]:
             return
         for row, image in enumerate(data):
-            seen.extend(Seen(logits, row, i) for i, known in enumerate(images) if torch.equal(image, known))
+            known = [i for i, other in enumerate(images) if torch.allclose(image, other, atol=_ROUNDING)]
+            seen.extend(Seen(logits, row, example) for example in known)
 
     hooks = [bare(network).register_forward_hook(note) for network in trainer.predictors]
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from nnunet_ssl.blocks.networks import bare
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet.foreign_trainers import load_trainers
 from nnunet_ssl.testing.broken import describe, place_of_error
 from nnunet_ssl.testing.networks import Weights, weights_of
@@ -96,13 +97,22 @@ def main(folder: str, rank: int) -> None:
 
 
 def find_trainer(module: str, name: str) -> type:
-    """The class of that name in a module, or in the folders that nnUNet_extTrainer names."""
+    """The class of that name in a module, or in the folders that nnUNet_extTrainer names.
+
+    Raises:
+        UserError: Where it is in neither.
+    """
     try:
         found: type = getattr(importlib.import_module(module), name)
         return found
     except (ImportError, AttributeError):
-        others = [t for trainers in load_trainers(SemiSupervisedTrainer).values() for t in trainers]
-        return next(t for t in others if t.__name__ == name)
+        for trainer in (t for trainers in load_trainers(SemiSupervisedTrainer).values() for t in trainers):
+            if trainer.__name__ == name:
+                return trainer
+    raise UserError(
+        f"Another process does not find {name} of module {module}. Write it at the top level of a file that can be "
+        f"imported, or lies in a folder that nnUNet_extTrainer names."
+    )
 
 
 def supervised_gradient(trainer: Any, labeled: dict[str, Any]) -> Tensor:

@@ -269,14 +269,14 @@ class TinyDataset:
         return {"data": data, "target": target, "keys": []}, {**views, "keys": []}
 
     def as_target(self, labels: torch.Tensor) -> torch.Tensor:
-        """A label map (B, 1, *S) as nnU-Net's loss takes it: as it is, or as channels of regions."""
+        """A label map (B, 1, *S) as nnU-Net's loss takes it: as it is, or as boolean channels of regions."""
         if not self.has_regions:
             return labels
         regions = [labels > 0, *(labels == c for c in range(2, self.num_labels))]
         if self.ignore_label is not None:
             regions[0] = regions[0] & (labels != self.ignore_label)
             regions.append(labels == self.ignore_label)
-        return torch.cat(regions, 1).to(labels.dtype)
+        return torch.cat(regions, 1)
 
 
 def step_of(trainer: Any, labeled: dict[str, Any], unlabeled: dict[str, Any] | None) -> Step:

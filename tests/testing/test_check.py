@@ -135,6 +135,14 @@ def test_two_processes_find_a_trainer_that_only_nnunet_finds(mine):
     assert main(["check", "Mine", "--only", "processes"]) == 0
 
 
+def test_a_trainer_that_another_process_cannot_find():
+    class Local(foreign.nnUNetTrainerTeacher):
+        """Written inside a function."""
+
+    (outcome,) = check_method(Local, ["processes"])
+    assert "Another process does not find" in outcome.found
+
+
 def test_the_promises_are_listed(capsys):
     assert main(["check", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == NAMES
@@ -147,10 +155,12 @@ def test_the_promises_are_listed(capsys):
         (("Miror",), "No trainer 'Miror'; there are nnUNetTrainerSupervised, "),
         (("nnUNetTrainer",), "nnUNetTrainer does not derive from nnunet_ssl.training.SemiSupervisedTrainer"),
         (("nnUNetTrainer_5epochs",), "Derive from it to learn from unlabeled images"),
+        (("SemiTC", "--device", "cuda"), "PyTorch finds no device 'cuda' here; it finds cpu"),
         (("SemiTC", "--only", "everything"), "There is no promise 'everything'; there are step, "),
     ],
 )
-def test_wrong_use(mine, capsys, words, message):
+def test_wrong_use(mine, monkeypatch, capsys, words, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["check", *words]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
