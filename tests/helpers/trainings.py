@@ -9,10 +9,22 @@ import torch
 
 def train(trainer: Any) -> dict[str, torch.Tensor]:
     trainer.run_training()
-    networks = getattr(trainer, "networks", [trainer.network])
+    networks = [trainer.network, *(c.module for c in getattr(trainer, "companions", {}).values())]
     return {f"{i}.{k}": v.clone() for i, network in enumerate(networks) for k, v in network.state_dict().items()}
 
 
 def assert_equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     for name in first:
         assert torch.equal(first[name], second[name]), f"{name} differs"
+
+
+def stop_at_epoch(trainer: Any, epoch: int) -> None:
+    """Interrupt a training before this epoch, as Ctrl-C does."""
+    original = trainer.on_epoch_start
+
+    def stop() -> None:
+        if trainer.current_epoch == epoch:
+            raise KeyboardInterrupt
+        original()
+
+    trainer.on_epoch_start = stop
