@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +22,12 @@ from nnunet_ssl.demo.synthetic import Sizes, write_dataset
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 from nnunet_ssl.runtime.distributed import device_of_process, local_rank, mean_over_ranks
-from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
+from nnunet_ssl.testing.networks import differing, weights_of
+from nnunet_ssl.testing.processes import free_port
+from nnunet_ssl.testing.rank import part
+from nnunet_ssl.testing.steps import break_losses, feed
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, step_of, weighted
 from nnunet_ssl.training.logger import TermLogger
-from nnunet_ssl.training.step import LossTerm, weighted_sum
 
 NAMES = [t.__name__ for t in TRAINERS]
 # What leaves a loss that is a mean over samples, or a Dice over the whole batch: without random draws and thresholds
@@ -37,27 +39,11 @@ SEPARABLE = {
 STEPS = 5
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def gradients(trainer: Any, labeled: dict, unlabeled: dict) -> torch.Tensor:
     """Of one step, all networks' in a row."""
-    terms = trainer.loss_terms(labeled, unlabeled if trainer.uses_unlabeled else None)
-    weighted_sum(terms).backward()
-    parameters = [p for network in trainer.networks for p in bare(network).parameters()]
+    weighted(trainer, step_of(trainer, labeled, unlabeled).losses).backward()
+    parameters = [p for network in trainer.trained for p in bare(network).parameters()]
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-
-
-def part(batch: dict, rank: int) -> dict:
-    """A rank's half of a batch; nothing of one that is not used."""
-    return {k: v.tensor_split(2)[rank] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-def weights(trainer: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for n in trainer.networks for p in bare(n).parameters()])
 
 
 def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
@@ -91,7 +77,7 @@ def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
     resumed.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
     counts = {"whole": trainer.learned.counts, "resumed": resumed.learned.counts}
     return {
-        "whole": weights(trainer), "resumed": weights(resumed), "steps": np.stack(steps), "logged": logged,
+        "whole": weights_of(trainer), "resumed": weights_of(resumed), "steps": np.stack(steps), "logged": logged,
         "counts": counts,
     }  # fmt: skip
 
@@ -111,19 +97,16 @@ def work(rank: int, port: int, folder: str, tiny: TinyDataset, large: TinyDatase
     trainer = tiny.initialized(cls, supervised_fraction=0.0)
     for step in range(STEPS):
         labeled, unlabeled = tiny.batches(trainer, seed=2 * step + rank)
-        trainer.dataloader_unlabeled = iter([unlabeled]) if cls.uses_unlabeled else None
+        feed(trainer, unlabeled)
         trainer.train_step(labeled)
-    found["after steps"] = weights(trainer)
-    original = trainer.loss_terms
+    found["after steps"] = weights_of(trainer)
     if rank == 1:
         # A broken image on one of them.
-        trainer.loss_terms = lambda *batches: {
-            name: LossTerm(term.value * float("nan"), 1.0) for name, term in original(*batches).items()
-        }
+        break_losses(trainer)
     labeled, unlabeled = tiny.batches(trainer, seed=rank)
-    trainer.dataloader_unlabeled = iter([unlabeled]) if cls.uses_unlabeled else None
+    feed(trainer, unlabeled)
     found["finite"] = trainer.train_step({**labeled, "keys": [f"case_of_rank_{rank}"]})["finite"]
-    found["after a broken step"] = weights(trainer)
+    found["after a broken step"] = weights_of(trainer)
     if rank == 0:
         found["told"] = Path(trainer.log_file).read_text()
     found["draws"] = torch.rand(3, generator=trainer.generator)
@@ -171,8 +154,8 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(pair, dims):
 def test_both_processes_hold_the_same_weights(pair):
     _, found, _, _ = pair
     for state in ("after steps", "whole", "resumed"):
-        torch.testing.assert_close(found[0][state], found[1][state], rtol=0, atol=0)
-    assert torch.equal(found[0]["whole"], found[0]["resumed"])
+        assert not differing(found[0][state], found[1][state])
+    assert not differing(found[0]["whole"], found[0]["resumed"])
     assert found[0]["mean"] == found[1]["mean"] == pytest.approx(0.55)
 
 
@@ -188,7 +171,7 @@ def test_a_step_that_is_broken_on_one_is_skipped_by_both(pair):
     _, found, _, _ = pair
     assert [f["finite"] for f in found] == [False, False]
     for state in found:
-        assert torch.equal(state["after a broken step"], state["after steps"])
+        assert not differing(state["after a broken step"], state["after steps"])
     assert "case_of_rank_1" in found[0]["told"]
     assert "case_of_rank_0" not in found[0]["told"]
 

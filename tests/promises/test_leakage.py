@@ -14,7 +14,10 @@ from trainings import assert_equal_weights, train
 from nnunet_ssl.cli import main
 from nnunet_ssl.data.preprocessing import UNLABELED_SUFFIX
 from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTCPlus
+from nnunet_ssl.testing.bench import Bench
+from nnunet_ssl.testing.leakage import no_label_is_opened
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
+from nnunet_ssl.testing.whole import shared_training
 
 USING = [t for t in TRAINERS if t.uses_unlabeled]
 
@@ -70,26 +73,10 @@ def test_labels_of_unlabeled_images_corrupted_before_preprocessing(tmp_path, cls
     assert any(different), "the images are not used, so the test shows nothing"
 
 
-def test_the_view_of_unlabeled_cases_opens_images_alone(tmp_path, monkeypatch, trainer_class):
+def test_of_unlabeled_cases_images_alone_are_opened(tmp_path, trainer_class):
     """Which files of hidden cases a training opens."""
-    tiny = at(tmp_path, monkeypatch)
-    opened: list[str] = []
-    import blosc2
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-
-    real_open, real_load = blosc2.open, nnUNetDatasetBlosc2.load_case
-
-    def spying_open(*arguments, **keywords):
-        opened.append(Path(str(keywords.get("urlpath") or arguments[0])).name)
-        return real_open(*arguments, **keywords)
-
-    def spying_load(self, identifier):
-        opened.append(f"{identifier} with its label")
-        return real_load(self, identifier)
-
-    monkeypatch.setattr(blosc2, "open", spying_open)
-    monkeypatch.setattr(nnUNetDatasetBlosc2, "load_case", spying_load)
-    train(tiny.trainer(trainer_class, supervised_fraction=0.0))
-    of_hidden = {name for name in opened if name.startswith("hid_")}
-    assert of_hidden <= {f"{case}.b2nd" for case in tiny.hidden}
+    training = shared_training(trainer_class, Bench(tmp_path / "bench"))
+    no_label_is_opened(trainer_class, training)
+    of_hidden = {opened.path.name for opened in training.opened if opened.path.name.startswith("hid_")}
+    assert of_hidden <= {f"{case}.b2nd" for case in TinyDataset.hidden}
     assert bool(of_hidden) == trainer_class.uses_unlabeled
