@@ -7,12 +7,6 @@ from typing import Any
 import torch
 
 
-def train(trainer: Any) -> dict[str, torch.Tensor]:
-    trainer.run_training()
-    networks = [trainer.network, *(c.module for c in getattr(trainer, "companions", {}).values())]
-    return {f"{i}.{k}": v.clone() for i, network in enumerate(networks) for k, v in network.state_dict().items()}
-
-
 def assert_equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     for name in first:
         assert torch.equal(first[name], second[name]), f"{name} differs"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainings import assert_equal_weights, train
+from trainings import assert_equal_weights
 
 from nnunet_ssl.cli import main
 from nnunet_ssl.data.preprocessing import UNLABELED_SUFFIX
@@ -17,7 +17,7 @@ from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTCPlus
 from nnunet_ssl.testing.bench import Bench
 from nnunet_ssl.testing.leakage import no_label_is_opened
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
-from nnunet_ssl.testing.whole import shared_training
+from nnunet_ssl.testing.whole import shared_training, train
 
 USING = [t for t in TRAINERS if t.uses_unlabeled]
 
