@@ -36,8 +36,9 @@ def train(tiny: TinyDataset, cls: type, *, resume: bool) -> None:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    partner = checkpoint["nnunet_ssl"]["partner"] or {"weights": {}}
-    return checkpoint["network_weights"] | {f"partner.{k}": v for k, v in partner["weights"].items()}
+    companions = checkpoint["nnunet_ssl"]["companions"]
+    further = {f"{name}.{k}": v for name, companion in companions.items() for k, v in companion["weights"].items()}
+    return checkpoint["network_weights"] | further
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of this process")
