@@ -14,10 +14,17 @@ QUICK = ("num_epochs=2", "num_iterations_per_epoch=2", "num_val_iterations_per_e
 
 
 class Day:
-    """Runs commands in a fresh set of nnU-Net folders."""
+    """Runs commands in a fresh set of nnU-Net folders.
 
-    def __init__(self, root: Path, number: int, name: str) -> None:
-        self.root, self.number, self.name = root, str(number), name
+    Args:
+        root: Holds nnU-Net's three folders.
+        number: Of the data set.
+        name: Of the data set.
+        executables: Those of ``preloaded``; ``run_alone`` starts the ones that users start.
+    """
+
+    def __init__(self, root: Path, number: int, name: str, executables: Path) -> None:
+        self.root, self.number, self.name, self.executables = root, str(number), name, executables
         self.environment = {
             **os.environ,
             **{v: str(root / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
@@ -29,10 +36,17 @@ class Day:
         self.preprocessed = root / "nnUNet_preprocessed" / name
         self.results = root / "nnUNet_results" / name
 
-    def run(self, *words: str, status: int = 0, **environment: str) -> str:
-        command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+    def run(self, *words: str, status: int = 0) -> str:
+        """Run a command in a process that has everything imported."""
+        return self._run(self.executables, *words, status=status)
+
+    def run_alone(self, *words: str, status: int = 0, **environment: str) -> str:
+        """Run a command in a process that imports everything itself, as users do."""
+        return self._run(Path(sys.executable).parent, *words, status=status, **environment)
+
+    def _run(self, folder: Path, *words: str, status: int, **environment: str) -> str:
         result = subprocess.run(
-            command,
+            [str(folder / words[0]), *words[1:]],
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

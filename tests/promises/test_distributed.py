@@ -115,7 +115,11 @@ def work(rank: int, port: int, folder: str, tiny: TinyDataset, large: TinyDatase
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=NAMES, ids=lambda name: name.removeprefix("nnUNetTrainer"))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"pair of {name}")) for name in NAMES],
+    ids=lambda name: name.removeprefix("nnUNetTrainer"),
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A trainer's name, what both processes found, the gradients of one process, and the training's folder."""
     cls = next(t for t in TRAINERS if t.__name__ == request.param)
@@ -207,9 +211,10 @@ def test_one_process_writes(pair):
     assert ("unlabeled_epoch_0001.png" in files) == cls.uses_unlabeled
 
 
-def test_torchrun_trains_on_two_nodes(tmp_path):
+@pytest.mark.slow
+def test_torchrun_trains_on_two_nodes(tmp_path, executables):
     """Two torchrun "nodes" of one process each, as on two machines, with the whole of nnU-Net's training."""
-    day = Day(tmp_path, 903, "Dataset903_Chest")
+    day = Day(tmp_path, 903, "Dataset903_Chest", executables)
     write_dataset(day.raw, Sizes(labeled=6, unlabeled=3, test=2, side=32))
     day.run("nnUNetv2_plan_and_preprocess", "-d", "903", "-c", "2d", "-np", "1", "-npfp", "1")
     small = ("-c", "2d", "--batch-size", "4", "--base-features", "4", "--max-features", "8")
@@ -219,13 +224,13 @@ def test_torchrun_trains_on_two_nodes(tmp_path):
     train = ("nnunet-ssl", "train", "903", "2d", "0", "-p", "Quick", "-tr", "nnUNetTrainerDualNet", "-device", "cpu")
     assert "processes that torchrun starts" in day.run(*train, status=2)
 
-    def start(*options: str) -> list[str]:
+    def start(program: Path, *options: str) -> list[str]:
         where = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
         port = ("--master-port", str(free_port()))
         nodes = [
             subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", *where, *port, "--node-rank", str(rank), "--no-python",
-                 program, *train[1:], *options],
+                 str(program), *train[1:], *options],
                 env=day.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
             )
             for rank in range(2)
@@ -234,15 +239,14 @@ def test_torchrun_trains_on_two_nodes(tmp_path):
         assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
         return outputs
 
-    program = str(Path(sys.executable).with_name(train[0]))
-    outputs = start()
+    outputs = start(Path(sys.executable).with_name(train[0]))
     folder = day.results / "nnUNetTrainerDualNet__Quick__2d" / "fold_0"
     assert {"checkpoint_final.pth", "nnunet_ssl.json", "progress.png"} <= {p.name for p in folder.iterdir()}
     summary = json.loads((folder / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 2
     # Each had half of the plan's batch of 4.
     assert all("1 labeled + 1 unlabeled" in output for output in outputs)
-    outputs = start("-pretrained_weights", str(folder / "checkpoint_final.pth"), "--val_best")
+    outputs = start(executables / train[0], "-pretrained_weights", str(folder / "checkpoint_final.pth"), "--val_best")
     assert all("Loading" in output for output in outputs)
     assert json.loads((folder / "nnunet_ssl.json").read_text())["validated_with"] == "checkpoint_best.pth"
 

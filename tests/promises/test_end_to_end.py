@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,15 @@ from nnunet_ssl.demo.synthetic import LABELS, Sizes, draw_case, write_dataset
 from nnunet_ssl.methods import TRAINERS
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+# One process has the data set and what was trained on it.
+one_day = pytest.mark.xdist_group("day")
 
 
 @pytest.fixture(scope="module")
-def day_2d(tmp_path_factory: pytest.TempPathFactory) -> Day:
+def day_2d(tmp_path_factory: pytest.TempPathFactory, executables: Path) -> Day:
     """2D data, planned and preprocessed, with a split that hides labels and a trained SemiTC."""
-    day = Day(tmp_path_factory.mktemp("day2d"), 901, "Dataset901_Chest")
+    day = Day(tmp_path_factory.mktemp("day2d"), 901, "Dataset901_Chest", executables)
     write_dataset(day.raw, Sizes(labeled=10, unlabeled=3, test=2, side=32))
     day.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-np", "1", "-npfp", "1")
     options = [w for setting in QUICK for w in ("--set", setting)]
@@ -33,7 +37,7 @@ def day_2d(tmp_path_factory: pytest.TempPathFactory) -> Day:
     day.run("nnunet-ssl", "preprocess", "-d", "901", "-c", "2d", "-p", "Quick", "-np", "1", "--test-images")
     table = day.run("nnunet-ssl", "split", "-d", "901", "--labeled", "2", "4", "--folds", "0")
     assert table.splitlines()[1].split() == ["5", "0", "2", "6", "2"]
-    day.run("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-tr", "nnUNetTrainerSemiTC", "-device", "cpu")
+    day.run_alone("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-tr", "nnUNetTrainerSemiTC", "-device", "cpu")
     return day
 
 
@@ -41,6 +45,7 @@ def model(day: Day, trainer: str, fold: int = 5) -> Path:
     return day.results / f"{trainer}__Quick__2d" / f"fold_{fold}"
 
 
+@one_day
 def test_training_leaves_what_nnunet_users_expect(day_2d):
     folder = model(day_2d, "nnUNetTrainerSemiTC")
     present = {p.name for p in folder.iterdir()}
@@ -53,6 +58,7 @@ def test_training_leaves_what_nnunet_users_expect(day_2d):
     assert "9 unlabeled cases (6 hidden label, 3 imagesUn)" in log
 
 
+@one_day
 @pytest.mark.parametrize("trainer", [name for name in (t.__name__ for t in TRAINERS) if name != "nnUNetTrainerSemiTC"])
 def test_the_other_trainers_and_pretrained_weights(day_2d, trainer):
     weights = str(model(day_2d, "nnUNetTrainerSemiTC") / "checkpoint_final.pth")
@@ -64,6 +70,7 @@ def test_the_other_trainers_and_pretrained_weights(day_2d, trainer):
         assert "13 unlabeled cases (6 hidden label, 2 imagesTs, 3 imagesUn, 2 validation image)" in log
 
 
+@one_day
 def test_compare_agrees_with_nnunets_evaluation_and_knows_the_checkpoint(day_2d):
     train = ("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-device", "cpu", "-tr")
     if not (model(day_2d, "nnUNetTrainerSupervised") / "validation" / "summary.json").is_file():
@@ -92,6 +99,7 @@ def test_compare_agrees_with_nnunets_evaluation_and_knows_the_checkpoint(day_2d)
     ).read_text()
 
 
+@one_day
 def test_continue_and_validate_again(day_2d):
     folder = model(day_2d, "nnUNetTrainerSemiTC")
     train = ("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-tr", "nnUNetTrainerSemiTC", "-device", "cpu")
@@ -105,27 +113,29 @@ def test_continue_and_validate_again(day_2d):
     assert "Training done." in output
 
 
-def predict(day: Day, output: str, **environment: str) -> dict[str, np.ndarray]:
+def predict(day: Day, output: str, run: Callable[..., str], **environment: str) -> dict[str, np.ndarray]:
     words = ("-i", str(day.raw / "imagesTs"), "-o", str(day.root / output), "-d", day.number, "-c", "2d", "-f", "5")
     device = ("-p", "Quick", "-tr", "nnUNetTrainerSemiTC", "-device", "cpu", "-npp", "1", "-nps", "1")
-    day.run("nnUNetv2_predict", *words, *device, **environment)
+    run("nnUNetv2_predict", *words, *device, **environment)
     return {p.name: np.asarray(Image.open(p)) for p in (day.root / output).glob("*.png")}
 
 
+@one_day
 def test_stock_nnunet_predicts_without_this_package(day_2d):
-    with_package = predict(day_2d, "with")
+    with_package = predict(day_2d, "with", day_2d.run)
     blocked = day_2d.without_this_package()
     check = [sys.executable, "-c", "import nnunet_ssl"]
     failing = subprocess.run(
         check, env={**day_2d.environment, **blocked}, cwd=day_2d.root, capture_output=True, check=False
     )
     assert failing.returncode != 0, "the package is not hidden, so the test shows nothing"
-    without = predict(day_2d, "without", **blocked)
+    without = predict(day_2d, "without", day_2d.run_alone, **blocked)
     assert len(with_package) == 2
     for name, labels in with_package.items():
         np.testing.assert_array_equal(labels, without[name])
 
 
+@one_day
 def test_errors_reach_the_user_of_nnunets_command(day_2d):
     # Fold 1 has no hidden labels, and without imagesUn there is nothing to learn from.
     folder = day_2d.preprocessed / "nnUNetPlans_2d_unlabeled"
@@ -141,8 +151,8 @@ def test_errors_reach_the_user_of_nnunets_command(day_2d):
     assert not list(model(day_2d, "nnUNetTrainerSemiTC", 1).glob("*.pth"))
 
 
-def test_3d_fullres(tmp_path):
-    day = Day(tmp_path, 902, "Dataset902_Stack")
+def test_3d_fullres(tmp_path, executables):
+    day = Day(tmp_path, 902, "Dataset902_Stack", executables)
     rng = np.random.default_rng(0)
     for part in ("imagesTr", "labelsTr", "imagesUn"):
         (day.raw / part).mkdir(parents=True)
@@ -165,7 +175,7 @@ def test_3d_fullres(tmp_path):
     results = day.results / "nnUNetTrainerSemiTC__Quick__3d_fullres" / "fold_0"
     assert (results / "validation" / "summary.json").is_file()
     words = ("-i", str(day.raw / "imagesUn"), "-o", str(tmp_path / "out"), "-d", "902", "-c", "3d_fullres", "-f", "0")
-    day.run("nnUNetv2_predict", *words, *options, "-npp", "1", "-nps", "1", **day.without_this_package())
+    day.run_alone("nnUNetv2_predict", *words, *options, "-npp", "0", "-nps", "0", **day.without_this_package())
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
 
 

@@ -27,6 +27,7 @@ from nnunet_ssl.demo.synthetic import draw_case
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 
+pytestmark = pytest.mark.slow
 NAMES = [t.__name__ for t in TRAINERS]
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 QUICK = ("num_epochs=2", "num_iterations_per_epoch=1", "num_val_iterations_per_epoch=1", "save_every=1", "seed=0",
@@ -196,6 +197,12 @@ def check(folder: Path) -> None:
     assert np.isfinite(logged).all()
 
 
+def marks(scenario: str, usual: bool) -> list[pytest.MarkDecorator]:
+    """Whoever uses a prepared data set uses it in one process; what is not usual runs with --thorough."""
+    together = pytest.mark.xdist_group(f"matrix: {scenario}")
+    return [together] if usual else [together, pytest.mark.thorough]
+
+
 CELLS = list(itertools.product(SCENARIOS, CONFIGURATIONS, NAMES))
 # Every trainer, every configuration and every kind of data at least once.
 PART = [
@@ -212,7 +219,7 @@ PART = [
 
 
 @pytest.mark.parametrize(("scenario", "configuration", "trainer"), [
-    pytest.param(*cell, id="-".join(cell), marks=[] if cell in PART else pytest.mark.thorough) for cell in CELLS
+    pytest.param(*cell, id="-".join(cell), marks=marks(cell[0], cell in PART)) for cell in CELLS
 ])  # fmt: skip
 def test_train_and_validate(site_of, scenario, configuration, trainer):
     site = site_of(scenario)
@@ -231,7 +238,7 @@ def test_train_and_validate(site_of, scenario, configuration, trainer):
 
 
 @pytest.mark.parametrize(("scenario", "trainer"), [
-    pytest.param(s, t, marks=[] if (s, t) == ("regions and ignore", "nnUNetTrainerSemiTC") else pytest.mark.thorough)
+    pytest.param(s, t, marks=marks(s, (s, t) == ("regions and ignore", "nnUNetTrainerSemiTC")))
     for s, t in itertools.product(SCENARIOS, NAMES) if s == "labels" or t == "nnUNetTrainerSemiTC"
 ])  # fmt: skip
 def test_best_configuration_ensemble_and_postprocessing(site_of, scenario, trainer):
@@ -261,7 +268,7 @@ def test_best_configuration_ensemble_and_postprocessing(site_of, scenario, train
 
 
 @pytest.mark.parametrize("trainer", [
-    pytest.param(t, marks=[] if t == "nnUNetTrainerDualNet" else pytest.mark.thorough) for t in NAMES
+    pytest.param(t, marks=marks("labels", t == "nnUNetTrainerDualNet")) for t in NAMES
 ])  # fmt: skip
 def test_plans_of_another_data_set(site_of, trainer, monkeypatch):
     """The usual way to pretrain: plan and train on one data set, then fine-tune on another with the same plans."""
@@ -278,7 +285,7 @@ def test_plans_of_another_data_set(site_of, trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", [
-    pytest.param(t, marks=[] if t == "nnUNetTrainerFDPL" else pytest.mark.thorough) for t in NAMES
+    pytest.param(t, marks=marks("labels", t == "nnUNetTrainerFDPL")) for t in NAMES
 ])  # fmt: skip
 def test_fold_all_and_the_options_of_a_training(site_of, trainer):
     site = site_of("labels")

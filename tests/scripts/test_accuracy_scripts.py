@@ -8,7 +8,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,24 +42,27 @@ def write_dataset(folder: Path, dims: int) -> None:
     (folder / "dataset.json").write_text(json.dumps(content))
 
 
-def start(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+def start(python: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script; its commands are those beside the interpreter."""
     environment = os.environ | {"nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *words], env=environment, capture_output=True, text=True, timeout=600
+        [str(python), str(SCRIPTS / script), *words], env=environment, capture_output=True, text=True, timeout=600
     )
 
 
-def run(script: str, *words: str) -> str:
-    done = start(script, *words)
+def run(python: Path, script: str, *words: str) -> str:
+    done = start(python, script, *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "dims", "rows"), [
     ("accuracy/jsrt.py", 2, ["Supervised", "SemiTC"]),
     ("accuracy/left_atrium.py", 3, ["Supervised", "DualNet", "FDPL"]),
 ])  # fmt: skip
-def test_smoke(tmp_path, script, dims, rows):
+def test_smoke(tmp_path, executables, script, dims, rows):
+    python = executables / "python"
     data = tmp_path / "Dataset951_Chests"
     write_dataset(data, dims)
     for other in ("imagesUn", "imagesTs"):
@@ -69,7 +71,7 @@ def test_smoke(tmp_path, script, dims, rows):
         (data / other / f"other_0000{'.png' if dims == 2 else '.nii.gz'}").write_text("no image")
     test = ("--test-images", str(data / "imagesTest"), "--test-labels", str(data / "labelsTest")) if dims == 2 else ()
     words = ("--data", str(data), "--out", str(tmp_path / "out"), "--scale", "smoke", "--devices", "cpu", "cpu", *test)
-    printed = run(script, *words)
+    printed = run(python, script, *words)
     for metric in ("IoU in percent", "Dice in percent", "HD95 in " + ("px" if dims == 2 else "mm")):
         (table,) = re.findall(rf"validation cases, {metric}\n\n((?:\|.*\n)+)", printed)
         assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == rows
@@ -97,7 +99,7 @@ def test_smoke(tmp_path, script, dims, rows):
         # As a prediction leaves it that was killed before its last case.
         folder.rename(f"{folder}.part")
         next(Path(f"{folder}.part").glob("*.png")).unlink()
-    again = run(script, *words)
+    again = run(python, script, *words)
     assert "nnUNetv2_train" not in again
     assert again.count("$ nnUNetv2_predict") == len(unfinished) == bool(test)
     assert again.endswith(written.read_text())
@@ -107,13 +109,13 @@ def test_smoke(tmp_path, script, dims, rows):
         (("--set", "learned_dice=0"), "learned_dice 0.5 and not 0"),
         (("--base-features", "8"), "8"),
     ):
-        refused = start(script, *words, *other)
+        refused = start(python, script, *words, *other)
         assert refused.returncode == 1
         assert "use another --out" in refused.stderr
         assert message in refused.stderr
 
 
-def test_options_that_do_not_fit_are_refused(tmp_path):
+def test_options_that_do_not_fit_are_refused(tmp_path, executables):
     data = tmp_path / "Dataset951_Chests"
     write_dataset(data, 2)
     for words, message in (
@@ -122,7 +124,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
         (("--labeled", "2", "all", "--rows", "SemiTC", "FDPL"), "all leaves nothing without a label for SemiTC, FDPL"),
     ):
         out = ("--data", str(data), "--out", str(tmp_path / "out"), "--scale", "smoke")
-        done = start("accuracy/jsrt.py", *out, *words)
+        done = start(executables / "python", "accuracy/jsrt.py", *out, *words)
         assert done.returncode == 2
         assert message in done.stderr
     assert not (tmp_path / "out").exists()

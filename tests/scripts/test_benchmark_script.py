@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,17 @@ PARTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "stage", "parts"),
     [("0", 2, tuple(PARTS)), ("2", 2, tuple(PARTS)), ("0", 1, ("steps", "memory"))],
     ids=["2d", "anisotropic", "stage 1"],
 )
-def test_every_table_is_made(case, stage, parts):
+def test_every_table_is_made(executables, case, stage, parts):
     words = ["--smoke", "--cases", case, "--trainers", "stock", "SemiTC", "DualNet", "FDPL", "--only", *parts]
     words += ["--stage", str(stage)]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words],
+        [str(executables / "python"), str(SCRIPT), *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
