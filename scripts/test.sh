@@ -7,6 +7,6 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports --no-logo
-# Two files at a time, one core each, the first ones first: many tests wait for processes that they start.
+# Two tests at a time, one core each, the slow ones first; those of a group share what they made, and a process.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -30,6 +30,7 @@ def test_the_page_has_examples():
     assert len(TRAINERS) == len(BLOCKS) == 9
 
 
+@pytest.mark.slow
 def test_file_and_commands_lead_to_a_comparison(tmp_path, executables, monkeypatch, capsys):
     day = Day(tmp_path, 901, "Dataset901_Chest", executables)
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,10 @@ def targets(text: str) -> list[str]:
     return ["".join(groups) for groups in TARGET.findall(text)]
 
 
+# What is built is built once.
+pytestmark = pytest.mark.xdist_group("packaging")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
