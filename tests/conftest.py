@@ -89,7 +89,7 @@ def executables() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _nnunet_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _nnunet_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lighter import replacements
 
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -98,9 +98,10 @@ def _nnunet_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     monkeypatch.setenv("nnUNet_compile", "0")
     # Drawing takes longer than training a tiny network; test_progress_png_shows_the_terms draws for real.
-    monkeypatch.setattr("nnunet_ssl.training.logger.TermLogger.plot_progress_png", lambda self, folder: None)
-    stock_logger = "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png"
-    monkeypatch.setattr(stock_logger, lambda self, folder: None)
+    for logger in ("nnunet_ssl.training.logger.TermLogger", "nnunetv2.training.logging.nnunet_logger.LocalLogger"):
+        monkeypatch.setattr(f"{logger}.plot_progress_png", lambda self, folder: None)
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr("nnunet_ssl.training.monitor._draw", lambda file, *content: Path(file).touch())
     for owner, name, value in replacements():
         monkeypatch.setattr(owner, name, value)
 

@@ -74,6 +74,7 @@ def cascade(tmp_path: Path) -> Cascade:
     return Cascade(tmp_path)
 
 
+@pytest.mark.draws
 def test_every_trainer_trains_the_second_stage(cascade, trainer_class):
     cascade.segmentations(trainer_class, (*cascade.labeled, *cascade.validation, *cascade.hidden))
     options = {"num_epochs": 1, "supervised_fraction": 0.0, "picture_every": 1}

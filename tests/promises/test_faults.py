@@ -236,6 +236,8 @@ def memory_and_files(others: Collection[int] = ()) -> tuple[float, int]:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files
 
 
+@pytest.mark.slow
+@pytest.mark.draws
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' process table")
 def test_neither_memory_nor_open_files_grow(tiny, often, monkeypatch):
     """2,000 iterations with --thorough, with loaders in processes of their own."""

@@ -27,7 +27,7 @@ from nnunet_ssl.demo.synthetic import draw_case
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.draws]
 NAMES = [t.__name__ for t in TRAINERS]
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 QUICK = ("num_epochs=2", "num_iterations_per_epoch=1", "num_val_iterations_per_epoch=1", "save_every=1", "seed=0",

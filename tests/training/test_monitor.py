@@ -15,6 +15,7 @@ from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 from nnunet_ssl.training.logger import TermLogger
 from nnunet_ssl.training.monitor import Monitor, mean_dice, picture_file
 
+pytestmark = pytest.mark.draws
 USERS = [cls for cls in TRAINERS if cls.uses_unlabeled]
 
 
