@@ -63,7 +63,7 @@ class Method(ABC):
             labeled: ``data`` (B_l, C, *S) and ``target`` at full resolution, (B_l, 1, *S) or region channels, both on
                 the device, and ``keys``.
             unlabeled: ``strong`` (B_u, C, *(S + 2 unlabeled_margin)) on the device, ``weak`` like it where
-                ``wants_weak_view``, and ``keys``; None in stage 1 and for methods without it.
+                ``wants_weak_view``; None in stage 1 and for methods without it.
 
         Returns:
             A term per name of ``term_names``; one that is not computed in this stage may be left out. What
