@@ -56,7 +56,8 @@ class Pair:
         if not all(file.is_file() for file in files):
             raise BrokenPromise(PROCESSES, *_stuck(self.folder, self.timeout))
         found: list[Found] = [torch.load(file, weights_only=False) for file in files]
-        failed = sorted((f for f in found if f.error), key=lambda f: f.failed_at)
+        # Which of two that wait for each other gives up first is chance; the method's own line says more.
+        failed = sorted((f for f in found if f.error), key=lambda f: (not f.in_own_files, f.failed_at))
         if failed:
             assert failed[0].error is not None
             what, place = failed[0].error

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet.foreign_trainers import load_trainers
-from nnunet_ssl.testing.broken import describe, place_of_error
+from nnunet_ssl.testing.broken import describe, own_files, place_of_error
 from nnunet_ssl.testing.networks import Weights, weights_of
 from nnunet_ssl.testing.steps import break_losses, feed
 from nnunet_ssl.testing.tiny import TinyDataset, step_of
@@ -63,6 +63,7 @@ class Found:
         finite: Whether that step was taken.
         error: What went wrong, and where; None if nothing did.
         failed_at: When, in seconds since 1970.
+        in_own_files: Whether that place is in the method's own files.
     """
 
     supervised: Tensor | None = None
@@ -71,6 +72,7 @@ class Found:
     finite: bool = True
     error: tuple[str, str] | None = None
     failed_at: float = 0.0
+    in_own_files: bool = False
 
 
 def main(folder: str, rank: int) -> None:
@@ -89,6 +91,7 @@ def main(folder: str, rank: int) -> None:
             dist.destroy_process_group()
         except Exception as error:
             found.error, found.failed_at = (describe(error), place_of_error(error, cls)), time.time()
+            found.in_own_files = found.error[1].rpartition(":")[0] in own_files(cls)
         faulthandler.cancel_dump_traceback_later()
         torch.save(found, Path(folder) / f"found{rank}.pt")
     # Not sys.exit: with the other process gone, gloo's threads may wait for it.
