@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out += _of_further_trainers([item for item in items if item not in left_out])
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # After some backward passes, as of compiled networks, PyTorch refuses those of copies of the process.
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("forks", "slow")])
 
 
 def _of_further_trainers(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -32,7 +32,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, make_dataset_json, make_plans
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs copies of this process")
+pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="runs copies of this process"), pytest.mark.forks]
 HEALTHY = ("healthy_a", "healthy_b")
 
 

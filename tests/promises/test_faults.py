@@ -24,6 +24,8 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerDualNet, nnUNetTrainerSemiTC
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
 
+pytestmark = pytest.mark.forks
+
 LONG = {"num_epochs": 12, "num_iterations_per_epoch": 2}
 
 
