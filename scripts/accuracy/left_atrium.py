@@ -23,6 +23,7 @@ ROWS = {
     **{
         f"DualNet-{term}": Variant(f"DualNet without {term}", "DualNet", (f"DualNet.{term}_weight=0",))
         for term in nnUNetTrainerDualNet.unlabeled_terms
+        if not term.endswith("_partner")
     },
     "FDPL-fixed-only": Variant("FDPL, fixed only", "FDPL", ("FDPL.dynamic_weight=0",)),
     "FDPL-dynamic-only": Variant("FDPL, dynamic only", "FDPL", ("FDPL.fixed_weight=0",)),

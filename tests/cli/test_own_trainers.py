@@ -173,9 +173,9 @@ def test_configure_writes_blocks(mine, preprocessed, capsys):
         "Mirror": {"agreement_weight": 0.3, "seed": 4},
     }
     assert not capsys.readouterr().err
-    assert configure("--overwrite", "--set", 'DualNet={"temperature": 0.7}', "DualNet.weak_teacher=false") == 0
+    assert configure("--overwrite", "--set", 'DualNet={"contrastive_margin": 0.7}', "DualNet.weak_teacher=false") == 0
     written = json.loads((preprocessed / "Mine.json").read_text())["ssl"]
-    assert written["DualNet"] == {"temperature": 0.7, "weak_teacher": False}
+    assert written["DualNet"] == {"contrastive_margin": 0.7, "weak_teacher": False}
 
 
 @pytest.mark.parametrize(
