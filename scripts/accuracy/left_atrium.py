@@ -27,7 +27,8 @@ ROWS = {
     },
     "FDPL-fixed-only": Variant("FDPL, fixed only", "FDPL", ("FDPL.dynamic_weight=0",)),
     "FDPL-dynamic-only": Variant("FDPL, dynamic only", "FDPL", ("FDPL.fixed_weight=0",)),
-    "FDPL-cutmix": Variant("FDPL without CutMix", "FDPL", ("FDPL.cutmix=false",)),
+    "FDPL-cutmix": Variant("FDPL without CutMix", "FDPL", ("FDPL.cutmix=none",)),
+    "FDPL-cutmix-both": Variant("FDPL, CutMix for both", "FDPL", ("FDPL.cutmix=both",)),
 }
 PAPER = {
     "labeled": ["8", "16"],

@@ -46,14 +46,14 @@ def test_crops_show_what_nnunets_patches_show_and_padding_never_wraps(tmp_path, 
     margin, sizes = trainer.unlabeled_margin, trainer.unlabeled_patch_size
     loader = UnlabeledDataLoader(dataset, 1, sizes, tiny.patch, trainer.label_manager)
     stock = UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, trainer.label_manager)
-    starts, stock_starts = set(), set()
+    starts, stock_starts, generator = set(), set(), np.random.default_rng(0)
     for _ in range(60):
         data = loader.generate_train_batch()["strong"]
         center = mixing.shifted_crop(data, margin, [0] * len(margin))[0]
         origin = origin_of(center)
         starts.add(origin[-1])
         stock_starts.add(origin_of(stock.generate_train_batch()["strong"][0])[-1])
-        shift = mixing.draw_shift(margin)
+        shift = mixing.draw_shift(margin, generator)
         crop = mixing.shifted_crop(data, margin, shift)[0]
         for start, shown in ((origin, center), (tuple(o + s for o, s in zip(origin, shift)), crop)):
             places = torch.stack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -84,13 +85,48 @@ def test_a_step_waits_for_the_device_as_often_as_a_stock_step(tmp_path, trainer_
     tiny = TinyDataset(tmp_path, PATCHES[patch])
     found = []
     for cls in (nnUNetTrainer, trainer_class):
-        step = ready(cls, tiny)
-        step()
-        with Waits(cls) as waits:
-            step()
-        found.append(waits)
+        found.append(waits_of(cls, tiny))
     stock, ours = found
     assert ours.operations == stock.operations
+
+
+def waits_of(cls: type, tiny: TinyDataset) -> Waits:
+    """Of the second step: tables that are made once are there by then."""
+    step = ready(cls, tiny)
+    step()
+    with Waits(cls) as waits:
+        step()
+    return waits
+
+
+# Lines of a step that wait for a GPU, and lines on numbers that the host has drawn by itself.
+WAITING = {
+    "tolist": "torch.rand(3, generator=trainer.generator).tolist()",
+    "numpy": "images.mean().detach().numpy()",
+    "cpu": "images.mean().cpu()",
+    "to": "images.mean().to('cpu')",
+    "_local_scalar_dense": "float(images.mean())",
+    "nonzero": "images.nonzero()",
+    "index": "images[images > 0]",
+    "is_nonzero": "bool((images > 0).any())",
+}
+OWN = ["torch.rand(3).tolist()", "(2 * torch.rand(3) > 1).sum().item()", "bool(torch.randint(2, ()))"]
+
+
+@pytest.mark.parametrize("line", [*WAITING.values(), *OWN])
+def test_a_line_that_waits_is_named_and_one_that_does_not_is_not(tiny, line):
+    class Waiting(nnUNetTrainerDualNet):
+        def step(self, labeled, unlabeled):
+            eval(line, {"torch": torch}, {"trainer": self, "images": labeled.images})
+            return super().step(labeled, unlabeled)
+
+    plain, waiting = (waits_of(cls, tiny) for cls in (nnUNetTrainerDualNet, Waiting))
+    extra = Counter(waiting.operations) - Counter(plain.operations)
+    if line in OWN:
+        assert not extra
+        return
+    assert sum(extra.values()) == 1
+    assert any(place and place.startswith(__file__) for place in waiting.places)
 
 
 def test_waiting_for_a_gpu_is_heard_where_it_happens():

@@ -272,11 +272,11 @@ def test_the_trainer_uses_the_plans(tiny):
 
 
 def test_the_tiny_data_set_puts_names_where_a_trainer_reads_them(tiny, trainer_class):
-    asked = {"supervised_fraction": 0.3, "smoothness": 0.3, "cutmix": False, "contrastive_margin": 0.7}
+    asked = {"supervised_fraction": 0.3, "smoothness": 0.3, "cutmix": "none", "contrastive_margin": 0.7}
     hp = tiny.trainer(trainer_class, **asked).hp.as_dict()
     assert {name: hp[name] for name in asked if name in hp} == {name: asked[name] for name in asked if name in hp}
     if trainer_class is nnUNetTrainerFDPL:
-        assert not hp["cutmix"]
+        assert hp["cutmix"] == "none"
         assert "smoothness" not in hp
 
 
