@@ -105,7 +105,7 @@ def name_of_network(file: Path, checkpoint: Mapping[str, Any], wanted: str | Non
     # Those that can stand for the plan's network: heads and discriminators cannot.
     names = [name for name, companion in companions.items() if companion["architecture"] is not None]
     if not names:
-        raise UserError(f"{file} holds one network only; there is nothing to export. Predict with it as it is.")
+        raise UserError(f"{file} holds one network only, the plan's: predict with it as it is.")
     if wanted is None and len(names) > 1:
         raise UserError(f"{file} holds the further networks {', '.join(names)}. Name one with --network.")
     if wanted is not None and wanted not in names:
