@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,14 @@ class Files(TinyDataset):
         if ending == ".png":
             return {case: np.array(Image.open(file)) for case, file in files.items()}
         return {case: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for case, file in files.items()}
+
+
+@pytest.fixture(autouse=True)
+def _threads_instead_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's validation writes and scores its files in processes that take longer to start than all the rest."""
+    threads = SimpleNamespace(get_context=lambda kind: SimpleNamespace(Pool=ThreadPool))
+    for module in ("training.nnUNetTrainer.nnUNetTrainer", "evaluation.evaluate_predictions"):
+        monkeypatch.setattr(f"nnunetv2.{module}.multiprocessing", threads)
 
 
 @pytest.fixture
@@ -239,7 +248,7 @@ def test_the_second_stage_of_a_cascade_sees_the_first_ones_labels_as_in_nnunets_
         label_manager=SimpleNamespace(foreground_labels=[1, 2, 3]),
     )
     network = averaging._Network(second, "network", predictor)
-    with pytest.raises(UserError, match="has no segmentation of case. Validate the folds of 3d_lowres"):
+    with pytest.raises(UserError, match=r"has no segmentation of case\. Validate the folds of 3d_lowres"):
         averaging._input(network, tmp_path, "case")
     blosc2.asarray(labels, urlpath=str(stage / "case.b2nd"), mode="w")
     expected = np.vstack([image, convert_labelmap_to_one_hot(labels, [1, 2, 3], output_dtype=image.dtype)])
