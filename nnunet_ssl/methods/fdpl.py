@@ -57,7 +57,6 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
     unlabeled_terms = ("fixed", "fixed_partner", "dynamic", "dynamic_partner")
     statistic_names = ("agreement", "redecided")
     views = ("strong", "weak")
-    pseudo_label_loss: nn.Module
 
     def build(self) -> None:
         """The partner, which differs by its initial weights and by what it sees."""
@@ -114,8 +113,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
             if self.weight(name) == 0:
                 continue
             for_second = labels[0] if boxes is None else mixing.mix(labels[0], mixing.others(labels[0], target), boxes)
-            losses[name] = self.supervised_loss(on_images[0], labels[1], self.pseudo_label_loss)
-            losses[f"{name}_partner"] = self.supervised_loss(on_images[1], for_second, self.pseudo_label_loss)
+            losses[name] = self.pseudo_label_loss(on_images[0], labels[1])
+            losses[f"{name}_partner"] = self.pseudo_label_loss(on_images[1], for_second)
         return Step(losses, (on_labels, target))
 
     def view(self, images: Tensor, generator: torch.Generator) -> View:
@@ -151,7 +150,6 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
         return labels[0], mixing.compose_pseudo_labels(labels[0], labels[-1], shift)
 
     def _build_loss(self) -> nn.Module:
-        self.pseudo_label_loss = super()._build_loss()
-        if self.hp.cross_entropy_share is None:
-            return self.pseudo_label_loss
-        return with_cross_entropy_share(super()._build_loss(), self.hp.cross_entropy_share)
+        loss = super()._build_loss()
+        share = self.hp.cross_entropy_share
+        return loss if share is None else with_cross_entropy_share(loss, share)
