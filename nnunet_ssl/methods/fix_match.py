@@ -34,9 +34,7 @@ class FixMatchParameters(MethodParameters):
     sure_from: float = parameter(0.95, "probability from which a voxel counts", minimum=0.0, maximum=1.0)
     strength: float = parameter(1.0, "of further changes of intensity on the strong view", minimum=0.0)
     cutmix_share: float = parameter(0.5, "part of the strong view from another image", minimum=0.0, maximum=1.0)
-    teacher_decay: float = parameter(
-        0.0, "decay of an averaged network that labels; 0: none", minimum=0.0, maximum=0.9999
-    )
+    teacher_decay: float = parameter(0.0, "of an averaged network that labels; 0: none", minimum=0.0, maximum=0.9999)
 
 
 class nnUNetTrainerFixMatch(SemiSupervisedTrainer[FixMatchParameters]):
