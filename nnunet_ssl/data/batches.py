@@ -85,23 +85,34 @@ class Unlabeled:
         return self.views[name]
 
 
-def describe_training(cases: Sequence[UnlabeledCase], labeled: int, unlabeled: int, has_stage_1: bool) -> str:
+def describe_training(
+    cases: Sequence[UnlabeledCase], labeled: int, unlabeled: int, stage_1: int | None, added: bool = False
+) -> str:
     """One line for the log: "Training with 95 unlabeled cases (95 hidden label), 2 labeled + 2 unlabeled per batch".
 
     Args:
         cases: The unlabeled ones.
         labeled: Examples per batch.
         unlabeled: The same.
-        has_stage_1: Whether training starts with labels alone.
+        stage_1: Labeled examples per batch where training starts with labels alone.
+        added: Whether unlabeled examples come on top of the plan's batch.
     """
     counts = ", ".join(f"{n} {source}" for source, n in sorted(Counter(case.source for case in cases).items()))
     batch = f"{labeled} labeled + {unlabeled} unlabeled per batch"
-    first = f", all {labeled + unlabeled} labeled in stage 1" if has_stage_1 else ""
-    return f"Training with {len(cases)} unlabeled cases ({counts}), {batch}{first}"
+    first = f", all {stage_1} labeled in stage 1" if stage_1 is not None else ""
+    factor = f"{(labeled + unlabeled) / labeled:.1f}"
+    more = f"; unlabeled examples are added to the plan's batch, so that a step takes about {factor} times its memory "
+    more += "and time"
+    return f"Training with {len(cases)} unlabeled cases ({counts}), {batch}{first}{more if added else ''}"
 
 
 def share_batch(
-    total: int, centered_fraction: float, labeled_cases: int, unlabeled_cases: int, largest: float = 0.5
+    total: int,
+    centered_fraction: float,
+    labeled_cases: int,
+    unlabeled_cases: int,
+    largest: float = 0.5,
+    added: bool = False,
 ) -> tuple[int, int, float]:
     """Share the plan's batch between labeled and unlabeled examples, at least one of either.
 
@@ -116,6 +127,7 @@ def share_batch(
         labeled_cases: How many there are to draw from.
         unlabeled_cases: The same.
         largest: Part of the batch that unlabeled examples never exceed, but for the one.
+        added: Whether labeled examples fill the plan's batch, and unlabeled ones come on top in the same proportion.
 
     Returns:
         Labeled and unlabeled examples per step, and the fraction that nnU-Net really reaches with a batch of
@@ -126,7 +138,10 @@ def share_batch(
     most = math.floor(total * largest + 1e-6)
     unlabeled = max(1, min(most, round(total * share), total - 1))
     centered = total - round(total * (1 - centered_fraction))
-    return max(1, total - unlabeled), unlabeled, centered / total
+    labeled = max(1, total - unlabeled)
+    if added:
+        unlabeled, labeled = max(1, round(total * unlabeled / labeled)), total
+    return labeled, unlabeled, centered / total
 
 
 class LabeledBatches:

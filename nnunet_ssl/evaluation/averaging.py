@@ -31,7 +31,7 @@ from nnunet_ssl.evaluation.candidates import (
 from nnunet_ssl.files import write_atomically
 from nnunet_ssl.nnunet.folders import read_dataset_json, read_json
 from nnunet_ssl.training.checkpoint import COMPANIONS, STATE_KEY
-from nnunet_ssl.training.export import name_of_network
+from nnunet_ssl.training.export import BOTH, name_of_network
 
 RECORD_FILE = "nnunet_ssl_validation.json"
 
@@ -176,7 +176,7 @@ def _plans_network(averaged: Averaged, model: Path, fold: str) -> nnUNetPredicto
 def _further_network(averaged: Averaged, model: Path, fold: str, beside: nnUNetPredictor) -> _Network:
     file = model / f"fold_{fold}" / averaged.checkpoint
     checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-    name = name_of_network(file, checkpoint, None)
+    name = name_of_network(file, checkpoint, BOTH)
     companion: Mapping[str, Any] = checkpoint[STATE_KEY][COMPANIONS][name]
     architecture = companion["architecture"]
     plans, configuration, dataset_json = beside.plans_manager, beside.configuration_manager, beside.dataset_json

@@ -64,6 +64,20 @@ def cosine_distance(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 1.0 - functional.cosine_similarity(log_p.exp().flatten(1, 2), log_q.exp().flatten(1, 2), dim=1)
 
 
+def squared_distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Half the sum of (p - q)^2 over a group's classes, the mean over groups: (B, G, K, *S) twice to (B, *S).
+
+    In [0, 1], whatever the number of classes: the usual mean over classes makes the term vanish with many. Of two
+    classes both are the same.
+    """
+    return (log_p.exp() - log_q.exp()).square().sum(2).mean(1) / 2
+
+
+def normalized_entropy(log_p: Tensor) -> Tensor:
+    """``entropy`` as a share of the largest possible, in [0, 1]: (B, G, K, *S) to (B, *S)."""
+    return entropy(log_p) / math.log(log_p.shape[2])
+
+
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) in nats, voxel by voxel: the mean over groups; (B, G, K, *S) twice to (B, *S)."""
     return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)

@@ -91,6 +91,40 @@ def log_probabilities(logits: Tensor, has_regions: bool, temperature: float = 1.
     return functional.log_softmax(scaled, dim=1)[:, None]
 
 
+# A logit that stands for "never": its probability is 0 in float32, and nothing becomes infinite.
+_NEVER = -1e4
+
+
+def without_structures(logits: Tensor, structures: Sequence[int], has_regions: bool) -> Tensor:
+    """Predictions that do not tell some structures from the background.
+
+    The background's probability becomes that of "background or one of these", the marginal of Shi et al., "Marginal
+    loss and exclusion loss for partially supervised multi-organ segmentation" (Medical Image Analysis 70, 2021).
+
+    Args:
+        logits: (B, K, *S).
+        structures: Numbers of classes, the first after the background being 0, or of regions.
+        has_regions: Whether channels are overlapping regions: then these keep their values and get no gradient.
+
+    Returns:
+        (B, K, *S), in float32 where there are such structures: they have no probability, or no gradient.
+    """
+    if not structures:
+        return logits
+    channels = list(logits.unbind(1))
+    if has_regions:
+        for structure in structures:
+            channels[structure] = channels[structure].detach()
+        return torch.stack(channels, 1)
+    channels = [at_least_float32(channel) for channel in channels]
+    merged = [0, *(structure + 1 for structure in structures)]
+    background = torch.stack([channels[channel] for channel in merged], 1).logsumexp(1)
+    for channel in merged:
+        channels[channel] = torch.full_like(background, _NEVER)
+    channels[0] = background
+    return torch.stack(channels, 1)
+
+
 def likeliest(values: Tensor, dim: int = 1) -> Tensor:
     """Where the largest value along an axis is, the first of equals: the axis is gone. Without gradient."""
     # As argmax, which PyTorch computes several times slower on a CPU, where the axis is not the last one.
@@ -114,6 +148,30 @@ def hard_labels(logits: Tensor, like: Tensor, has_regions: bool) -> Tensor:
     regions = (logits.detach() > 0).to(like.dtype)
     further = like.shape[1] - regions.shape[1]
     return torch.cat([regions, regions.new_zeros(len(regions), further, *regions.shape[2:])], 1) if further else regions
+
+
+def consistent_regions(
+    maps: Tensor, regions: Sequence[tuple[int, ...]], order: Sequence[int], left_out: Sequence[int] = ()
+) -> Tensor:
+    """Regions that fit one label map: of those found one by one, an inner one may lie outside of the outer one.
+
+    A label map is painted as nnU-Net exports predictions, region by region, the later above, and read again.
+
+    Args:
+        maps: Boolean (B, R, *S), or of 0 and 1.
+        regions: The labels of each region.
+        order: With which label each region paints, nnU-Net's ``regions_class_order``.
+        left_out: Numbers of regions that do not paint.
+
+    Returns:
+        Of the type and shape of ``maps``.
+    """
+    painted = torch.zeros_like(maps[:, 0], dtype=torch.int16)
+    for region, label in enumerate(order):
+        if region not in left_out:
+            painted = torch.where(maps[:, region] > 0, label, painted)
+    read = [torch.stack([painted == label for label in labels]).any(0) for labels in regions]
+    return torch.stack(read, 1).to(maps.dtype)
 
 
 def label_map(logits: Tensor, has_regions: bool) -> Tensor:

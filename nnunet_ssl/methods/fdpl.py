@@ -63,7 +63,6 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
     unlabeled_terms = ("fixed", "fixed_partner", "dynamic", "dynamic_partner")
     statistic_names = ("agreement", "redecided")
     views = ("strong", "weak")
-    pseudo_label_loss: nn.Module
 
     def build(self) -> None:
         """The partner, which differs by its initial weights and by what it sees."""
@@ -104,7 +103,7 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
             boxes = mixing.cutmix_boxes(len(center), size, self.hp.cutmix_share, self.generator, center.device)
         # What each network learns from; where both learn from mixtures, it is the same one.
         boxes_of = (boxes if self.hp.cutmix == "both" else None, boxes)
-        seen = [mixing.mix_batch(center, data, box) for box in boxes_of]
+        seen = [mixing.mixed_with_others(center, data, box) for box in boxes_of]
 
         # The passes with gradient, the labeled batch and the unlabeled one together. They come before those without:
         # autocast would keep the copies of weights that the latter make, and these lead to no gradient.
@@ -123,8 +122,8 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
             if self.weight(name) == 0:
                 continue
             for student, term in enumerate((name, f"{name}_partner")):
-                pseudo = mixing.mix_batch(labels[1 - student], target, boxes_of[student])
-                losses[term] = self.supervised_loss(on_images[student], pseudo, self.pseudo_label_loss)
+                pseudo = mixing.mixed_with_others(labels[1 - student], target, boxes_of[student])
+                losses[term] = self.pseudo_label_loss(on_images[student], pseudo)
         return Step(losses, (on_labels, target))
 
     def view(self, images: Tensor, generator: torch.Generator) -> View:
@@ -160,7 +159,6 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
         return labels[0], mixing.compose_pseudo_labels(labels[0], labels[-1], shift)
 
     def _build_loss(self) -> nn.Module:
-        self.pseudo_label_loss = super()._build_loss()
-        if self.hp.cross_entropy_share is None:
-            return self.pseudo_label_loss
-        return with_cross_entropy_share(super()._build_loss(), self.hp.cross_entropy_share)
+        loss = super()._build_loss()
+        share = self.hp.cross_entropy_share
+        return loss if share is None else with_cross_entropy_share(loss, share)

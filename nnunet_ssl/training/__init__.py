@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nnunet_ssl.data.batches import Labeled, Unlabeled
     from nnunet_ssl.training.hyperparameters import HyperParameters, MethodParameters, other_default, parameter
-    from nnunet_ssl.training.method import Losses, Outputs, Step
+    from nnunet_ssl.training.method import Losses, Step
     from nnunet_ssl.training.monitor import View
+    from nnunet_ssl.training.tools import Output, Outputs
     from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 _HOMES = {
     "nnunet_ssl.data.batches": ("Labeled", "Unlabeled"),
     "nnunet_ssl.training.hyperparameters": ("HyperParameters", "MethodParameters", "other_default", "parameter"),
-    "nnunet_ssl.training.method": ("Losses", "Outputs", "Step"),
+    "nnunet_ssl.training.method": ("Losses", "Step"),
     "nnunet_ssl.training.monitor": ("View",),
+    "nnunet_ssl.training.tools": ("Output", "Outputs"),
     "nnunet_ssl.training.trainer": ("SemiSupervisedTrainer",),
 }
 
@@ -25,6 +27,7 @@ __all__ = [
     "Labeled",
     "Losses",
     "MethodParameters",
+    "Output",
     "Outputs",
     "SemiSupervisedTrainer",
     "Step",

@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_atomically
 from nnunet_ssl.nnunet.folders import read_json
+from nnunet_ssl.training.averaged import UNAVERAGED
 from nnunet_ssl.training.checkpoint import COMPANIONS, STATE_KEY, check_layout
 
 BOTH = "both"
@@ -57,8 +58,7 @@ def export_network(
     # Everything is read and checked before anything is written.
     plans = read_json(model / "plans.json", "It is part of every model that nnU-Net trains.")
     found = [torch.load(source, map_location="cpu", weights_only=False) for source in sources]
-    wanted = None if network == BOTH else network
-    names = {name_of_network(source, checkpoint, wanted) for source, checkpoint in zip(sources, found)}
+    names = {name_of_network(source, checkpoint, network) for source, checkpoint in zip(sources, found)}
     if len(names) > 1:
         raise UserError(f"The folds hold different networks: {', '.join(sorted(names))}. Name one with --network.")
     (name,) = names
@@ -93,7 +93,8 @@ def name_of_network(file: Path, checkpoint: Mapping[str, Any], wanted: str | Non
     Args:
         file: The checkpoint's, for the messages.
         checkpoint: Its content.
-        wanted: A name; None for the only one.
+        wanted: A name; None for the only one, ``BOTH`` for the only one that was trained beside the plan's, rather
+            than to be averaged into it.
 
     Raises:
         UserError: Where there is none, no such one, or several.
@@ -104,6 +105,8 @@ def name_of_network(file: Path, checkpoint: Mapping[str, Any], wanted: str | Non
     companions = {} if state is None else state[COMPANIONS]
     # Those that can stand for the plan's network: heads and discriminators cannot.
     names = [name for name, companion in companions.items() if companion["architecture"] is not None]
+    if wanted == BOTH:
+        names, wanted = [name for name in names if name != UNAVERAGED], None
     if not names:
         raise UserError(f"{file} holds one network only, the plan's: predict with it as it is.")
     if wanted is None and len(names) > 1:

@@ -62,8 +62,17 @@ class HyperParameters:
     rotation_degrees: float | None = parameter(
         None, "largest rotation in augmentation; nnU-Net's own choice if null", "degrees", minimum=0.0, maximum=180.0
     )
+    averaged_decay: float = parameter(
+        0.0,
+        "decay per step of a running average of the weights, which then predicts; 0: the weights of the last step",
+        minimum=0.0,
+        maximum=0.9999,
+    )
     loader_timeout: float = parameter(
-        60.0, "how long to wait for a batch before the training ends with an error", "seconds", minimum=1.0
+        600.0,
+        "how long to wait for a batch before the training ends with an error; slow disks take minutes at the start",
+        "seconds",
+        minimum=1.0,
     )
     cpu_bfloat16: bool = parameter(
         False, "train with bfloat16 autocast when on the CPU: faster where the CPU has such arithmetic, else far slower"
@@ -142,8 +151,8 @@ class MethodParameters(HyperParameters):
     )
     learned_dice: float = parameter(
         0.5,
-        "unlabeled terms count in full once every structure has this running Dice on labeled batches, and in "
-        "proportion to the worst before; 0 for at once",
+        "until a structure has this running Dice on labeled batches, unlabeled terms take it for background that may "
+        "be it; 0 for at once",
         minimum=0.0,
         maximum=1.0,
     )
@@ -153,6 +162,12 @@ class MethodParameters(HyperParameters):
         "part of all cases is less, that",
         minimum=0.0,
         maximum=1.0,
+    )
+    unlabeled_examples: str = parameter(
+        "shared",
+        "shared: they take places of the plan's batch, at its memory and time; added: labeled examples fill it, and "
+        "unlabeled ones come on top",
+        choices=("shared", "added"),
     )
 
 

@@ -1,8 +1,8 @@
-"""Which structures a training has learned: unlabeled images wait for the last one.
+"""Which structures a training has learned: what is learned without labels says nothing about the others.
 
 A structure that the networks do not find yet is missing from every pseudo-label and every prediction that is to be
 consistent. To learn from those means to learn that it is not there: small structures, which appear last, then never
-appear. So what is learned without labels counts as far as the worst structure is known on the labeled batches.
+appear. So until a structure is known on the labeled batches, unlabeled terms do not tell it from the background.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def names_of_channels(labels: Mapping[str, Any], label_manager: LabelManager) ->
 
 
 class LearnedStructures:
-    """Running Dice coefficients of every structure and network, and the share by which unlabeled terms count.
+    """Running Dice coefficients of every structure and network, and which structures are waited for.
 
     Args:
         names: Of the structures.
@@ -81,8 +81,8 @@ class LearnedStructures:
     def __init__(self, names: Sequence[str], num_networks: int, wanted_dice: float) -> None:
         self.names = list(names)
         self.wanted_dice = wanted_dice
-        # (networks, 3, structures), as overlap_counts gives them.
-        self.counts = np.zeros((num_networks, 3, len(self.names)))
+        # (networks, 3, structures), as overlap_counts gives them; not in float64, which some devices cannot load.
+        self.counts = np.zeros((num_networks, 3, len(self.names)), np.float32)
 
     def note(self, counts: np.ndarray) -> None:
         """Take in the counts of a step, (networks, 3, structures).
@@ -93,31 +93,33 @@ class LearnedStructures:
         self.counts = np.where(counts[:, 2:] > 0, updated, self.counts)
 
     def dice(self) -> np.ndarray:
-        """Of every structure (structures,), of the network that knows it least; 1 where no label has shown it yet."""
+        """Of every structure (structures,), of the network that knows it least; 0 where no label has shown it yet."""
         right, predicted, true = self.counts.swapaxes(0, 1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(true > 0, 2.0 * right / (predicted + true), 1.0).min(0)
+            return np.where(true > 0, 2.0 * right / (predicted + true), 0.0).min(0)
 
-    def share(self) -> float:
-        """By how much unlabeled terms count, in [0, 1]: as the structure that is known least; 0 before any step."""
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Numbers of the structures that are waited for; the same on all ranks."""
         if self.wanted_dice <= 0:
-            return 1.0
-        if not self.counts[:, 2].any():
-            return 0.0
-        return float(np.clip(self.dice() / self.wanted_dice, 0.0, 1.0).min())
+            return ()
+        return tuple(np.flatnonzero(self.dice() < self.wanted_dice).tolist())
+
+    @property
+    def all_wait(self) -> bool:
+        """Whether nothing is learned yet: unlabeled terms then have nothing to say."""
+        return len(self.waiting) == len(self.names)
 
     def describe(self) -> str | None:
         """What is still waited for, for the log; None if nothing is."""
-        share = self.share()
-        if share == 1.0:
+        waiting = self.waiting
+        if not waiting:
             return None
-        if not self.counts[:, 2].any():
-            return "The unlabeled terms do not count yet: no labeled batch has shown a structure"
-        least = int(self.dice().argmin())
-        return (
-            f"The unlabeled terms count by {share:.2f}, because {self.names[least]!r} has a Dice of "
-            f"{self.dice()[least]:.2f} on labeled batches (learned_dice asks for {self.wanted_dice})"
-        )
+        dice = self.dice()
+        shown = np.asarray(self.counts[:, 2].any(0))
+        names = [f"{self.names[i]!r} ({f'Dice {dice[i]:.2f}' if shown[i] else 'not shown yet'})" for i in waiting]
+        effect = "do not count yet" if len(waiting) == len(self.names) else "take for background what may be"
+        return f"The unlabeled terms {effect}, until learned_dice ({self.wanted_dice}): {', '.join(names)}"
 
     def state(self) -> Tensor:
         """What a checkpoint keeps."""

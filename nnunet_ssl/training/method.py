@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from nnunetv2.configuration import ANISO_THRESHOLD
@@ -13,23 +11,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunet_ssl.blocks.companion import Companion
-from nnunet_ssl.blocks.networks import full_resolution, quiet_pass
+from nnunet_ssl.blocks.networks import quiet_pass
 from nnunet_ssl.blocks.partner import Partner
 from nnunet_ssl.data.batches import Labeled, Unlabeled
-from nnunet_ssl.losses import predictions
-from nnunet_ssl.runtime.precision import autocast
 from nnunet_ssl.training.hyperparameters import HyperParameters, MethodParameters
-from nnunet_ssl.training.learned import overlap_counts
 from nnunet_ssl.training.monitor import View
 from nnunet_ssl.training.schedules import first_epoch_of_second_stage, gaussian_ramp
+from nnunet_ssl.training.tools import Outputs, P, Tools
 
-P = TypeVar("P", bound=HyperParameters)
 C = TypeVar("C", bound=Companion)
 
-# What a network returns: logits (B, K, *S), with deep supervision a list of them by falling resolution.
-Output = Any
-# Of the plan's network and of every companion that predicts.
-Outputs = Sequence[Output]
 Losses = dict[str, Tensor]
 
 NETWORK = "network"
@@ -47,7 +38,7 @@ class Step(NamedTuple):
     known: tuple[Outputs, Tensor]
 
 
-class Method(ABC, Generic[P]):
+class Method(Tools[P]):
     """A semi-supervised method. ``SemiSupervisedTrainer`` brings the training, a deriving class the losses.
 
     Attributes:
@@ -66,22 +57,18 @@ class Method(ABC, Generic[P]):
     Parameters: ClassVar[type[HyperParameters]] = MethodParameters
     unlabeled_terms: ClassVar[tuple[str, ...]] = ()
     labeled_terms: ClassVar[tuple[str, ...]] = ()
-    statistic_names: ClassVar[tuple[str, ...]] = ()
     views: ClassVar[tuple[str, ...]] = ("strong",)
     transductive: ClassVar[bool] = False
     uses_unlabeled: ClassVar[bool]
 
-    hp: P
     network: nn.Module
-    loss: nn.Module
-    device: torch.device
     generator: torch.Generator
     plans_manager: Any
     configuration_manager: Any
     configuration_name: str
-    label_manager: Any
     enable_deep_supervision: bool
     num_input_channels: int
+    is_cascaded: bool
     num_epochs: int
     num_iterations_per_epoch: int
     current_epoch: int
@@ -90,7 +77,6 @@ class Method(ABC, Generic[P]):
     _do_i_compile: Callable[[], bool]
     companions: dict[str, Companion]
     _iterations_done_in_epoch: int
-    _statistics: dict[str, Tensor | float]
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Refuse what is declared wrongly, at its own lines and not hours later.
@@ -277,9 +263,10 @@ class Method(ABC, Generic[P]):
         return gaussian_ramp(self.stage_progress, full_at)
 
     @property
-    def has_regions(self) -> bool:
-        """Whether the channels are overlapping regions, rather than classes of which one holds."""
-        return bool(self.label_manager.has_regions)
+    def num_image_channels(self) -> int:
+        """Channels of the image alone: behind them a cascade's second stage has the first one's segmentation."""
+        further = len(self.label_manager.foreground_labels) if self.is_cascaded else 0
+        return self.num_input_channels - further
 
     @property
     def augments_slice_by_slice(self) -> bool:
@@ -291,57 +278,6 @@ class Method(ABC, Generic[P]):
     def unlabeled_patch_size(self) -> tuple[int, ...]:
         """What the unlabeled loader gives, in voxels per axis."""
         return tuple(side + 2 * m for side, m in zip(self.configuration_manager.patch_size, self.unlabeled_margin))
-
-    # ---- tools for methods ------------------------------------------------------------------------------------------
-
-    def note(self, name: str, value: Tensor | float) -> None:
-        """Tell a statistic of this step: a number or a scalar tensor.
-
-        Raises:
-            ValueError: For one that ``statistic_names`` lacks.
-        """
-        if name not in self.statistic_names:
-            raise ValueError(f"{type(self).__name__} notes {name!r}; declare it in statistic_names.")
-        self._statistics[name] = value
-
-    def overlap_counts(self, outputs: Outputs, target: Tensor) -> Tensor:
-        """How well a labeled batch is known: counts (networks, 3, structures), see ``learned.overlap_counts``."""
-        ignore = self.label_manager.ignore_label
-        return torch.stack([overlap_counts(full_resolution(o), target, self.has_regions, ignore) for o in outputs])
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """As the stock trainer: on CUDA always; on the CPU bfloat16 where ``cpu_bfloat16`` asks for it."""
-        return autocast(self.device, self.hp.cpu_bfloat16)
-
-    def probabilities(self, outputs: Output) -> Tensor:
-        """Probabilities (B, K, *S) in float32: of classes, or of regions each."""
-        return predictions.probabilities(full_resolution(outputs), self.has_regions)
-
-    def log_probabilities(self, outputs: Output, temperature: float = 1.0) -> Tensor:
-        """Logarithms of probabilities in groups of exclusive classes (B, G, K', *S); see ``losses.predictions``."""
-        return predictions.log_probabilities(full_resolution(outputs), self.has_regions, temperature)
-
-    def hard_labels(self, outputs: Output, like: Tensor) -> Tensor:
-        """What nnU-Net's loss takes as a target, of the type and channels of ``like``, without gradient."""
-        return predictions.hard_labels(full_resolution(outputs), like, self.has_regions)
-
-    def label_map(self, outputs: Output) -> Tensor:
-        """One label per voxel (B, *S), for pictures."""
-        return predictions.label_map(full_resolution(outputs), self.has_regions)
-
-    def supervised_loss(self, outputs: Output, target: Tensor, loss: nn.Module | None = None) -> Tensor:
-        """The trainer's loss of the network's outputs against a target at full resolution.
-
-        Args:
-            outputs: Logits (B, K, *S), with deep supervision a list of them by falling resolution.
-            target: (B, 1, *S) or region channels.
-            loss: Another loss of that kind, instead of the trainer's.
-        """
-        loss = self.loss if loss is None else loss
-        if not isinstance(outputs, (list, tuple)):
-            return cast(Tensor, loss(outputs, target))
-        shapes = [tuple(o.shape[2:]) for o in outputs]
-        return cast(Tensor, loss(outputs, predictions.downsample_target(target, shapes)))
 
     def _base_term(self, term: str) -> tuple[str, str]:
         """``cross_partner`` to ``cross`` and ``partner``; ``cross`` to itself and the plan's network."""

@@ -18,18 +18,20 @@ from torch.optim import Optimizer
 
 from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.nnunet.loss import with_ignored_voxels
 from nnunet_ssl.nnunet.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.runtime.distributed import mean_over_ranks
 from nnunet_ssl.training.checkpoint import COMPANIONS, random_state, read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.training.hyperparameters import MethodParameters
 from nnunet_ssl.training.learned import LearnedStructures, names_of_channels
 from nnunet_ssl.training.logger import TermLogger
-from nnunet_ssl.training.method import Method, P
+from nnunet_ssl.training.method import Method
 from nnunet_ssl.training.monitor import STABILITY, Monitor, View, picture_file
 from nnunet_ssl.training.run_record import note_validation, write_record
 from nnunet_ssl.training.schedules import LR_FACTOR, RestartingPolyLRScheduler
 from nnunet_ssl.training.step import LossTerm, finish_step
 from nnunet_ssl.training.step_guard import StepGuard
+from nnunet_ssl.training.tools import P
 from nnunet_ssl.training.two_loaders import TwoLoaderTrainer
 
 _FINAL = "checkpoint_final.pth"
@@ -72,6 +74,9 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
     def initialize(self) -> None:
         """Build all networks, optimizer and loss."""
         self.build_networks()
+        own_loss = nnUNetTrainer._build_loss(self)
+        self.masked_loss = with_ignored_voxels(own_loss, self.has_regions, self.ignore_value)
+        self.build_average()
         self.build()
         # One optimizer, so that one schedule and one gradient scaler serve all networks.
         for companion in (c for c in self.companions.values() if c.trained):
@@ -148,15 +153,16 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
         return {"loss": outcome.loss, "terms": outcome.values, "finite": outcome.is_finite}
 
     def _weighted(self, losses: dict[str, Tensor]) -> dict[str, LossTerm]:
-        """The terms with their weights; those that need more than labels wait for the structures."""
+        """The terms with their weights; those that need more than labels wait until a structure is learned."""
         unknown = set(losses) - set(self.term_names)
         if unknown:
             raise ValueError(f"{type(self).__name__} gives {sorted(unknown)}; declare them as terms of the method.")
         weights = {name: 1.0 if name in self.supervised_terms else self.weight(name) for name in losses}
         of_unlabeled = [name for name in losses if name in self.unlabeled_terms]
         self._unlabeled_terms_are_on = any(weights[name] > 0 for name in of_unlabeled)
-        share = self.learned.share()
-        return {name: LossTerm(v, weights[name] * (share if name in of_unlabeled else 1)) for name, v in losses.items()}
+        if self.learned.all_wait:
+            weights |= dict.fromkeys(of_unlabeled, 0.0)
+        return {name: LossTerm(value, weights[name]) for name, value in losses.items()}
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the mean of every term and statistic over the epoch and over ranks."""
@@ -189,7 +195,7 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
 
         Changes nothing in the training: no gradient, no random number of its generators; one rank can look alone.
         """
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), self.weights_that_predict():
             return self.view(monitor.images.to(self.device), monitor.generator(self.generator.device))
 
     def _watch(self, monitor: Monitor) -> None:
@@ -215,7 +221,8 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
         """nnU-Net's; then note which checkpoint predicted. Until it has ended, none has."""
         if self.local_rank == 0:
             note_validation(self.output_folder, None)
-        super().perform_actual_validation(save_probabilities)
+        with self.weights_that_predict():
+            super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:
             note_validation(self.output_folder, self._weights_file)
 
@@ -230,27 +237,28 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        stock_network = type(self).build_network_architecture is nnUNetTrainer.build_network_architecture
-        stock = {
-            "network_weights": bare(self.network).state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
-            "trainer_name": nnUNetTrainer.__name__ if stock_network else type(self).__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-        }
-        ours = {
-            "trainer": type(self).__name__,
-            "hyperparameters": self.hp.as_dict(),
-            COMPANIONS: {name: companion.state() for name, companion in self.companions.items()},
-            "memory": self.memory(),
-            "learned": self.learned.state(),
-            "random_state": random_state(self.device, self.generator),
-        }
-        write_checkpoint(filename, stock, ours)
+        with self.weights_that_predict():
+            stock_network = type(self).build_network_architecture is nnUNetTrainer.build_network_architecture
+            stock = {
+                "network_weights": bare(self.network).state_dict(),
+                "optimizer_state": self.optimizer.state_dict(),
+                "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+                "logging": self.logger.get_checkpoint(),
+                "_best_ema": self._best_ema,
+                "current_epoch": self.current_epoch + 1,
+                "init_args": self.my_init_kwargs,
+                "trainer_name": nnUNetTrainer.__name__ if stock_network else type(self).__name__,
+                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            }
+            ours = {
+                "trainer": type(self).__name__,
+                "hyperparameters": self.hp.as_dict(),
+                COMPANIONS: self.companion_states(),
+                "memory": self.memory(),
+                "learned": self.learned.state(),
+                "random_state": random_state(self.device, self.generator),
+            }
+            write_checkpoint(filename, stock, ours)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Load nnU-Net's part and ours; random states are put back when training starts."""
@@ -259,8 +267,7 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
         super().load_checkpoint(filename_or_checkpoint)
         if isinstance(filename_or_checkpoint, str):
             self._weights_file = os.path.basename(filename_or_checkpoint)
-        for name, companion in self.companions.items():
-            companion.restore(state[COMPANIONS][name])
+        self.restore_companions(state[COMPANIONS])
         self.recall(state["memory"])
         self.learned.restore(state)
         then = state["hyperparameters"]
@@ -269,6 +276,6 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
             self.print_to_log_file("WARNING: hyper-parameters changed since this checkpoint:", ", ".join(changed))
         if self.local_rank == 0:
             self._state_to_restore = state["random_state"]
-        elif self.hp.seed is not None:
+        else:
             # The file holds rank 0's state; other ranks must draw something else, and not epoch 0's again.
-            self.generator.manual_seed(self.hp.seed + self.local_rank + 1000 * self.current_epoch)
+            self.seed_everything(self.local_rank + 1000 * self.current_epoch)

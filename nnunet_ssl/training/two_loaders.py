@@ -15,10 +15,11 @@ from nnunet_ssl.data.loader import LoaderSettings, make_unlabeled_loader
 from nnunet_ssl.data.preprocessing import preprocessing_settings
 from nnunet_ssl.data.previous_stage import PreviousStage, check_complete, check_no_hidden_labels
 from nnunet_ssl.data.workers import WatchedAugmenter
-from nnunet_ssl.training.configured import ConfiguredTrainer
+from nnunet_ssl.training.averaged import AveragedTrainer
+from nnunet_ssl.training.hyperparameters import MethodParameters
 
 
-class TwoLoaderTrainer(ConfiguredTrainer):
+class TwoLoaderTrainer(AveragedTrainer):
     """Finds the unlabeled cases, shares the plan's batch and loads both parts; what is wanted, ``Method`` says."""
 
     uses_unlabeled: ClassVar[bool]
@@ -29,6 +30,8 @@ class TwoLoaderTrainer(ConfiguredTrainer):
     wanted_views: Any
     batch_size: int
     oversample_foreground_percent: float
+    # The plan's batch, or a rank's part of it, and how much of it nnU-Net centers on structures.
+    _whole_batch: tuple[int, float]
 
     def __init__(
         self,
@@ -48,12 +51,22 @@ class TwoLoaderTrainer(ConfiguredTrainer):
         super()._set_batch_size_and_oversample()
         if self.uses_unlabeled:
             self.probabilistic_oversampling = True
+            self._whole_batch = self.batch_size, self.oversample_foreground_percent
             self._share_batch(0, 1)  # the cases are not known yet: as if the unlabeled ones were the many
 
     def _share_batch(self, labeled_cases: int, unlabeled_cases: int) -> None:
-        total, centered = self.batch_size + self.unlabeled_batch_size, self.oversample_foreground_percent
-        shares = share_batch(total, centered, labeled_cases, unlabeled_cases, self.hp.unlabeled_fraction)
+        cases = labeled_cases, unlabeled_cases
+        shares = share_batch(*self._whole_batch, *cases, self.hp.unlabeled_fraction, self._examples_are_added)
         self.batch_size, self.unlabeled_batch_size, self.oversample_foreground_percent = shares
+
+    @property
+    def _examples_are_added(self) -> bool:
+        return isinstance(self.hp, MethodParameters) and self.hp.unlabeled_examples == "added"
+
+    @property
+    def stage_1_batch_size(self) -> int:
+        """Labeled examples per step where training is on labels alone: the plan's batch, but no single one."""
+        return self.batch_size + (0 if self._examples_are_added else self.unlabeled_batch_size)
 
     def check_cases(self) -> None:
         """Check labels, find the unlabeled cases and share the batch between both kinds.
@@ -68,8 +81,9 @@ class TwoLoaderTrainer(ConfiguredTrainer):
         if self.uses_unlabeled:
             self.unlabeled_cases = self.find_unlabeled_cases()
             self._share_batch(len(self.do_split()[0]), len(self.unlabeled_cases))
-            sizes = self.batch_size, self.unlabeled_batch_size
-            self.print_to_log_file(describe_training(self.unlabeled_cases, *sizes, self.switch_epoch > 0))
+            stage_1 = self.stage_1_batch_size if self.switch_epoch > 0 else None
+            sizes = self.batch_size, self.unlabeled_batch_size, stage_1, self._examples_are_added
+            self.print_to_log_file(describe_training(self.unlabeled_cases, *sizes))
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's two loaders; makes the unlabeled one beside them."""
@@ -90,8 +104,7 @@ class TwoLoaderTrainer(ConfiguredTrainer):
             return labeled, None
         if self.in_second_stage:
             return labeled, Unlabeled.of(next(self.dataloader_unlabeled)).to(self.device)
-        whole = self.batch_size + self.unlabeled_batch_size
-        return self._stage_1.fill(labeled, self.dataloader_train, whole), None
+        return self._stage_1.fill(labeled, self.dataloader_train, self.stage_1_batch_size), None
 
     def on_train_end(self) -> None:
         """As nnU-Net; stop the unlabeled loader too."""

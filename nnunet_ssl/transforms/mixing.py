@@ -147,6 +147,55 @@ def cutmix_boxes(
     return boxes if device is None else boxes.to(device)
 
 
+def boxes_of_side(
+    batch_size: int,
+    spatial_shape: Sequence[int],
+    side: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A box per image at a random place, with the same part of every axis.
+
+    As copy-paste between labeled and unlabeled images takes it: Bai et al., "Bidirectional copy-paste for
+    semi-supervised medical image segmentation" (CVPR 2023), with two thirds of every side.
+
+    Args:
+        batch_size: B.
+        spatial_shape: S, in voxels.
+        side: Part of each axis, in (0, 1].
+        generator: Draws on its own device; the default generator of ``device`` if absent.
+        device: Where to put the boxes; the generator's device if absent.
+
+    Returns:
+        Boolean (B, 1, *S), true inside the box.
+    """
+    dims = len(spatial_shape)
+    source = device if generator is None else generator.device
+    places = torch.rand((batch_size, dims), generator=generator, device=source)
+    boxes = torch.ones((batch_size, 1, *spatial_shape), dtype=torch.bool, device=source)
+    for axis, whole in enumerate(spatial_shape):
+        length = min(max(round(side * whole), 1), whole)
+        start = (places[:, axis, None] * (whole - length + 1)).floor()
+        place = torch.arange(whole, device=source)
+        within = (place >= start) & (place < start + length)
+        boxes &= within.view(batch_size, 1, *[whole if a == axis else 1 for a in range(dims)])
+    return boxes if device is None else boxes.to(device)
+
+
+def draw_beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """Draws of Beta(alpha, alpha), by Jöhnk's method, on the generator's device: (count,).
+
+    PyTorch's own does not take a generator.
+    """
+    # Of so many pairs one is accepted but with a chance below 1e-6, for every alpha up to 1.
+    pairs = torch.rand((2, count, 32), generator=generator, device=generator.device, dtype=torch.float32)
+    first, second = pairs.clamp_min(1e-6).pow(1.0 / alpha)
+    accepted = (first + second <= 1.0) & (first + second > 0.0)
+    chosen = accepted.to(torch.uint8).argmax(1, keepdim=True)
+    x, y = first.gather(1, chosen)[:, 0], second.gather(1, chosen)[:, 0]
+    return x / (x + y).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def mix(own: Tensor, partner: Tensor, boxes: Tensor) -> Tensor:
     """The partner inside the boxes (B, 1, *S), one's own outside; images or labels, (B, C, *S)."""
     return torch.where(boxes, partner, own)
@@ -157,6 +206,6 @@ def others(images: Tensor, further: Tensor) -> Tensor:
     return images.roll(1, 0) if len(images) > 1 else further[:1]
 
 
-def mix_batch(own: Tensor, further: Tensor, boxes: Tensor | None) -> Tensor:
-    """``mix`` with ``others``; one's own where there are no boxes."""
+def mixed_with_others(own: Tensor, further: Tensor, boxes: Tensor | None) -> Tensor:
+    """Each image or label map with another one inside its box, see ``others``; as they are without boxes."""
     return own if boxes is None else mix(own, others(own, further), boxes)

@@ -13,7 +13,7 @@ where it stopped.
 
 from __future__ import annotations
 
-from options import Split, Training, Variant, parse_arguments
+from options import Variant, parse_arguments
 from runs import Experiment
 
 # These labels name sides, which mirrored or turned images hardly tell apart.
@@ -40,18 +40,7 @@ SCALES = {
 def main() -> None:
     arguments = parse_arguments(__doc__, SCALES, ROWS)
     experiment = Experiment(arguments, "2d", SETTINGS.get(arguments.scale, UPRIGHT))
-    tables: dict[str, tuple[list[Split], dict[str, list[Training]]]] = {}
-    for seed in arguments.seeds:
-        plans = "nnUNetPlansTable_upright" + (f"_{seed}" if seed != 1 else "")
-        experiment.configure(ROWS["Supervised"], plans, [f"seed={seed}"])
-        for labeled in arguments.labeled:
-            title = f"{labeled} labeled" + (f", seed {seed}" if len(arguments.seeds) > 1 else "")
-            splits = experiment.splits(labeled)
-            folds = [experiment.fold(split, labeled) for split in splits]
-            rows = [row for row in arguments.rows if ROWS[row].has_something_to_learn(labeled)]
-            tables[title] = splits, {row: [Training(ROWS[row], plans, fold) for fold in folds] for row in rows}
-    experiment.run(training for _, table in tables.values() for row in table.values() for training in row)
-    experiment.compare(tables)
+    experiment.table([ROWS[row] for row in arguments.rows])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ the script resumes where it stopped.
 
 from __future__ import annotations
 
-from options import Split, Training, Variant, parse_arguments
+from options import Variant, parse_arguments
 from runs import Experiment
 
 from nnunet_ssl.methods import nnUNetTrainerDualNet
@@ -52,28 +52,7 @@ SETTINGS = {"cpu": ("initial_lr=0.05", "mirror_axes=[]")}
 def main() -> None:
     arguments = parse_arguments(__doc__, SCALES, ROWS)
     experiment = Experiment(arguments, "3d_fullres", SETTINGS.get(arguments.scale, ("mirror_axes=[]",)))
-    variants = [ROWS[row] for row in arguments.rows]
-    plans: dict[tuple[Variant, int], str] = {}
-    for seed in arguments.seeds:
-        for variant in variants:
-            # Trainers without settings of their own share plans.
-            own = "".join(c for c in variant.name.title() if c.isalnum())
-            plans[variant, seed] = (
-                f"nnUNetPlansTable_{own if variant.settings or variant.partner_network else 'All'}_{seed}"
-            )
-        for name in sorted({plans[variant, seed] for variant in variants}):
-            variant = next(v for v in variants if plans[v, seed] == name)
-            experiment.configure(variant, name, [f"seed={seed}"])
-    tables: dict[str, tuple[list[Split], dict[str, list[Training]]]] = {}
-    for labeled in arguments.labeled:
-        splits = experiment.splits(labeled)
-        folds = [experiment.fold(split, labeled) for split in splits]
-        for seed in arguments.seeds:
-            title = f"{labeled} labeled" + (f", seed {seed}" if len(arguments.seeds) > 1 else "")
-            rows = [v for v in variants if v.has_something_to_learn(labeled)]
-            tables[title] = splits, {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in rows}
-    experiment.run(training for _, table in tables.values() for row in table.values() for training in row)
-    experiment.compare(tables)
+    experiment.table([ROWS[row] for row in arguments.rows])
 
 
 if __name__ == "__main__":

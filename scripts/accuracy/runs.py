@@ -98,6 +98,29 @@ class Experiment:
             plans = ("-c", self.configuration, "-p", _SMALL, "-np", "2")
             self.commands.run("nnunet-ssl", "preprocess", "-d", self.dataset, "--test-images", *plans)
 
+    def table(self, variants: Sequence[Variant]) -> None:
+        """Train every variant on every split, with every number of labels and seed that was asked for, and compare."""
+        plans: dict[tuple[Variant, int], str] = {}
+        for seed in self.arguments.seeds:
+            for variant in variants:
+                # Trainers without settings of their own share plans.
+                own = "".join(c for c in variant.name.title() if c.isalnum())
+                kind = own if variant.settings or variant.partner_network else "All"
+                plans[variant, seed] = f"nnUNetPlansTable_{kind}_{seed}"
+            for name in sorted({plans[variant, seed] for variant in variants}):
+                variant = next(v for v in variants if plans[v, seed] == name)
+                self.configure(variant, name, [f"seed={seed}"])
+        tables: dict[str, tuple[list[Split], dict[str, list[Training]]]] = {}
+        for labeled in self.arguments.labeled:
+            splits = self.splits(labeled)
+            folds = [self.fold(split, labeled) for split in splits]
+            for seed in self.arguments.seeds:
+                title = f"{labeled} labeled" + (f", seed {seed}" if len(self.arguments.seeds) > 1 else "")
+                rows = [v for v in variants if v.has_something_to_learn(labeled)]
+                tables[title] = splits, {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in rows}
+        self.run(training for _, table in tables.values() for row in table.values() for training in row)
+        self.compare(tables)
+
     def splits(self, labeled: str) -> list[Split]:
         """The splits with so many labels, draw by draw; draws do not differ where every case keeps its label."""
         if labeled == "all":

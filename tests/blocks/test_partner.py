@@ -130,6 +130,23 @@ def test_stock_nnunet_averages_two_networks_that_are_alike_as_folds_of_one_folde
     assert "nnunet_ssl" not in checkpoint
 
 
+def test_the_weights_behind_an_average_are_no_further_network_to_average(tiny, capsys):
+    model = None
+    for cls in (nnUNetTrainerFDPL, nnUNetTrainerSupervised):
+        trainer = tiny.trainer(cls, num_epochs=1, averaged_decay=0.5)
+        trainer.run_training()
+        model = model or Path(trainer.output_folder).parents[0]
+    assert export(tiny, "--network", "both", trainer="nnUNetTrainerFDPL") == 0
+    both = torch.load(
+        model.with_name(model.name.replace("FDPL", "FDPLBoth")) / "fold_1" / "checkpoint_final.pth", weights_only=False
+    )
+    whole = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    partner = whole["nnunet_ssl"]["companions"]["partner"]["weights"]
+    assert all(torch.equal(value, partner[name]) for name, value in both["network_weights"].items())
+    assert export(tiny, "--network", "both", trainer="nnUNetTrainerSupervised") == 2
+    assert "holds one network only" in capsys.readouterr().err
+
+
 def test_networks_that_are_not_alike_are_averaged_by_the_commands_that_are_printed(trained, capsys):
     tiny, trainer = trained
     capsys.readouterr()
