@@ -70,8 +70,10 @@ def test_terms_equal_an_independent_computation(tiny, weak):
     assert trainer._statistics["reliable"].item() == pytest.approx(np.mean(found), abs=0.01)
 
 
-def test_contrast_equals_the_loss_of_what_each_network_sees_in_all_images(tiny):
+@pytest.mark.parametrize("scenario", ["labels", "ignore"])
+def test_contrast_equals_the_loss_of_what_each_network_sees_in_all_images(tmp_path, scenario):
     """Prototypes come from true labels and from reliable voxels; uncertain voxels are unlabeled ones alone."""
+    tiny = TinyDataset(tmp_path, PATCHES["2d"], scenario=scenario)
     trainer = initialized(tiny, contrastive_points=10_000)
     trainer.learned.counts = COUNTS.copy()
     labeled, unlabeled = tiny.batches(trainer)
@@ -82,11 +84,12 @@ def test_contrast_equals_the_loss_of_what_each_network_sees_in_all_images(tiny):
             outputs, features = trainer._taps[student](images)
             log_q = trainer.log_probabilities(trainer.predictors[1 - student](unlabeled["weak"]))
             reliable = trainer.reliable_voxels(trainer.log_probabilities(outputs[0][size:]), log_q)
-            everywhere, nowhere = torch.ones(size, *tiny.patch) > 0, torch.zeros(size, *tiny.patch) > 0
-            labels = torch.cat([labeled["target"].long(), log_q.argmax(2)])
+            annotated, nowhere = labeled["target"][:, 0] < 3, torch.zeros(size, *tiny.patch) > 0
+            assert bool(annotated.all()) == (scenario == "labels")
+            labels = torch.cat([labeled["target"].clamp_max(2).long(), log_q.argmax(2)])
             taught = TAUGHT_BY[1 - student]
             expected = contrastive_loss(
-                features, labels, torch.cat([everywhere, reliable]), torch.cat([nowhere, ~reliable]),
+                features, labels, torch.cat([annotated, reliable]), torch.cat([nowhere, ~reliable]),
                 torch.tensor([[taught.mean(), *taught]]).float(), 10_000, 1.0,
             )  # fmt: skip
             torch.testing.assert_close(terms[f"contrastive{name}"], expected, rtol=1e-4, atol=1e-6)
