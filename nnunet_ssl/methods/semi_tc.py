@@ -1,14 +1,18 @@
-"""Consistency under elastic transformations: SupTC, SemiTC and SemiTC+.
+"""Consistency under spatial transformations: SupTC, SemiTC and SemiTC+.
 
 Bortsova, Dubost, Hogeweg, Katramados, de Bruijne: "Semi-supervised medical image segmentation via learning
 consistency under transformations", MICCAI 2019.
 
 Departures from the paper: nnU-Net's loss, optimizer and augmentation instead of soft IoU, Adadelta and none (the
-paper's loss is an option); linear instead of nearest interpolation of predictions (an option too); the field is
-declared relative to the patch and made so that it cannot fold; voxels whose counterpart lies outside the patch do not
-count, nor does a structure that neither branch finds in an image: the paper's images show all structures, patches do
-not; both stages of the paper's schedule run in one training; the consistency term waits until every structure is
-learned.
+paper's loss is an option). The transform is a rotation and a change of size with the paper's elastic field on top: on
+small patches, and in 3D, a field that cannot fold moves voxels by a fraction of one (rotation and scaling 0 leave the
+field alone). The field is declared relative to the patch, the same for all axes, and made so that it cannot fold. A
+transform is the identity in 20 %, not 50 % of draws: pairs of two teach nothing. Images are interpolated linearly, not
+by splines; predictions linearly, not by nearest neighbor (an option). Consistency is a Tanimoto distance, 0 for equal
+predictions: the paper's soft IoU (an option) is 0 only where they are sure too, and pushes what is likely beside what
+is found. Voxels whose counterpart lies outside the patch do not count, nor does a structure that neither branch finds
+in an image: the paper's images show all structures, patches do not. Both stages of the paper's schedule run in one
+training; the consistency term waits until every structure is learned.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from nnunet_ssl.transforms.spatial import SpatialTransforms, Transform
 
 @dataclasses.dataclass(frozen=True)
 class SemiTCParameters(MethodParameters):
-    """Hyper-parameters of the elastic-equivariance Siamese network."""
+    """Hyper-parameters of the Siamese network that follows transforms."""
 
     supervised_fraction: float = other_default("supervised_fraction", 0.5)
     consistency_weight: float = parameter(1.0, "weight lambda of the consistency term", minimum=0.0)

@@ -43,11 +43,13 @@ def test_a_network_that_follows_the_transform_costs_less_than_one_that_ignores_i
         return trainer.consistency(*moved, t1, t2).item()
 
     follows, unsure, ignores = cost(), cost(certainty=0.2), cost(follows=False)
-    print(f"{shape}: follows {follows:.4f}, unsure {unsure:.4f}, ignores {ignores:.4f}")
     # Interpolation blurs what follows; that is all.
     assert follows < 0.15 * ignores
     # One that follows and is unsure is no worse than one that follows and is sure.
     assert unsure < 0.15 * ignores
+    unmoved = [t._replace(matrix=t.matrix * 0 + torch.eye(len(shape)), elastic=t.elastic * 0) for t in (t1, t2)]
+    equal = logits_at(places, shape, certainty=0.2)
+    assert trainer.consistency(equal, equal, *unmoved).item() < 1e-6
 
 
 def test_the_transform_moves_voxels(drawn):
