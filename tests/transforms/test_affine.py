@@ -11,7 +11,7 @@ from nnunet_ssl.transforms.affine import affine_after, inverse, product, random_
 from nnunet_ssl.transforms.displacement import jacobian_determinant, warp
 from nnunet_ssl.transforms.spatial import SpatialTransforms
 
-SHAPES = [((48, 48), ()), ((128, 96), ()), ((16, 24, 32), ()), ((40, 40, 40), ()), ((8, 64, 48), (0,))]
+SHAPES = [((48, 48), ()), ((128, 96), ()), ((16, 24, 32), ()), ((40, 32, 40), ()), ((8, 64, 48), (0,))]
 
 
 def similarities(count, dims, rotation=15.0, scaling=0.15, **options):
@@ -65,7 +65,7 @@ def test_affine_after_a_displacement_equals_numpy(shape):
 def test_alignment_of_whole_transforms_errs_by_less_than_a_hundredth_of_a_voxel(shape, fixed):
     """phi_1(q + a(q)) = phi_2(q), where phi_1 is put together anew at the places that the alignment leads to."""
     transforms = SpatialTransforms(15.0, 0.15, 0.1, 0.02, fixed_axes=fixed)
-    t1, t2 = transforms.draw(torch.zeros(8, 1, *shape), torch.Generator().manual_seed(1)).halves()
+    t1, t2 = transforms.draw(torch.zeros(4, 1, *shape), torch.Generator().manual_seed(1)).halves()
     alignment, compared = transforms.align(t1, t2)
     margin = transforms.grid(shape).margin
     on_patch = t1.elastic[(..., *(slice(m, side + m) for m, side in zip(margin, shape)))]
@@ -84,10 +84,10 @@ def test_alignment_of_whole_transforms_errs_by_less_than_a_hundredth_of_a_voxel(
 @pytest.mark.parametrize(("shape", "fixed"), SHAPES)
 def test_transforms_do_not_fold_and_are_alike_along_all_axes(shape, fixed):
     transforms = SpatialTransforms(15.0, 0.15, 0.1, 5.0, fixed_axes=fixed)
-    drawn = transforms.draw(torch.zeros(24, 1, *shape), torch.Generator().manual_seed(1))
+    drawn = transforms.draw(torch.zeros(8, 1, *shape), torch.Generator().manual_seed(1))
     assert jacobian_determinant(drawn.displacement).min() > 0.05
     spread = [drawn.elastic[:, axis].std().item() for axis in range(len(shape)) if axis not in fixed]
-    assert max(spread) < 1.25 * min(spread)
+    assert max(spread) < 1.4 * min(spread)
     for axis in fixed:
         assert not drawn.displacement[:, axis].any()
         torch.testing.assert_close(drawn.displacement[:, :, 0], drawn.displacement[:, :, -1])
