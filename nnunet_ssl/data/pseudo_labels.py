@@ -1,4 +1,4 @@
-"""Stored pseudo-labels of a fold's unlabeled cases: a label map in the voxels of each preprocessed image, and a manifest.
+"""Stored pseudo-labels of a fold: a label map in the voxels of each preprocessed unlabeled image, and a manifest.
 
     <dataset>/pseudo_labels/<data identifier>/fold_<fold>/<name>/
         CASE.b2nd            (*S) int16: the label; where that is uncertain, -1 - label

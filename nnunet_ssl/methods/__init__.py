@@ -2,6 +2,7 @@
 
 from nnunet_ssl.methods.dual_net import nnUNetTrainerDualNet
 from nnunet_ssl.methods.fdpl import nnUNetTrainerFDPL
+from nnunet_ssl.methods.self_training import nnUNetTrainerSelfTraining
 from nnunet_ssl.methods.semi_tc import nnUNetTrainerSemiTC, nnUNetTrainerSemiTCPlus, nnUNetTrainerSupTC
 from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
@@ -13,6 +14,7 @@ TRAINERS: tuple[type[SemiSupervisedTrainer], ...] = (
     nnUNetTrainerSemiTCPlus,
     nnUNetTrainerDualNet,
     nnUNetTrainerFDPL,
+    nnUNetTrainerSelfTraining,
 )
 
 # What the folder trainers/ exports to nnU-Net: the trainers of the table and nothing else.
