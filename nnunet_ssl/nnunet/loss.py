@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def with_cross_entropy_share(loss: Any, share: float) -> nn.Module:
 
 
 def pseudo_label_loss(trainer: Any) -> tuple[nn.Module, int]:
-    """The loss that nnU-Net would build for these labels if the data set had an ignore label, and that label.
+    """The loss on labels, with ignored voxels, also where the data set has no ignore label; and their value.
 
     Args:
         trainer: nnU-Net's, or one that derives from it: its ``_build_loss`` reads its ``label_manager``.
@@ -49,10 +49,17 @@ def pseudo_label_loss(trainer: Any) -> tuple[nn.Module, int]:
         loss = trainer._build_loss()
     finally:
         trainer.label_manager = own
+    parts = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+    if isinstance(parts, DC_and_BCE_loss) and not own.has_ignore_label:
+        # With an ignore label nnU-Net adds the cross-entropies of regions up, without one it takes their mean: the loss
+        # on pseudo-labels is to weigh what the loss on labels does.
+        parts.weight_ce = parts.weight_ce / own.num_segmentation_heads
+    if isinstance(parts, DC_and_CE_loss):
+        parts = _CrossEntropyAndDice(parts)
     if isinstance(loss, DeepSupervisionWrapper):
-        loss.loss = _without_waiting(loss.loss)
+        loss.loss = parts
     else:
-        loss = _without_waiting(loss)
+        loss = parts
     return loss, int(manager.ignore_label)
 
 
@@ -79,10 +86,6 @@ def _any_of(labels: Tensor, values: tuple[int, ...]) -> Tensor:
     for value in values[1:]:
         found = found | (labels == value)
     return found
-
-
-def _without_waiting(loss: nn.Module) -> nn.Module:
-    return _CrossEntropyAndDice(loss) if isinstance(loss, DC_and_CE_loss) else loss
 
 
 class _CrossEntropyAndDice(nn.Module):

@@ -8,20 +8,16 @@ within this process, and their pools are threads: a process of nnU-Net's takes s
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import itertools
 import json
-import multiprocessing
-import sys
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
+from in_process import run_in_process
 
 from nnunet_ssl.demo.synthetic import draw_case
 from nnunet_ssl.methods import TRAINERS
@@ -72,17 +68,8 @@ class Site:
         self.patch = patch
 
     def run(self, *words: str) -> None:
-        """Run a console script of an installed package in this process."""
-        (script,) = importlib.metadata.entry_points(group="console_scripts", name=words[0])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [*words])
-            patch.setattr(torch, "set_num_threads", lambda number: None)
-            patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
-            try:
-                status = script.load()()
-            except SystemExit as stop:
-                status = stop.code
-        assert not status, words
+        """Run a command in this process."""
+        run_in_process(*words)
 
     def write(self) -> Site:
         for part in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "archive"):

@@ -1,0 +1,161 @@
+"""Self-training as one command, with nnU-Net's own trainings and tiny networks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import run_in_process
+
+from nnunet_ssl.cli import make_parser
+from nnunet_ssl.cli.self_train import run
+from nnunet_ssl.data.pseudo_labels import PseudoLabels, likeliest
+from nnunet_ssl.data.splits import INNER_FOLD_OF
+from nnunet_ssl.demo.synthetic import Sizes, write_dataset
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.nnunet.trainers_folder import trainers_folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("self-training")]
+NAME = "Dataset905_Chest"
+SETTINGS = ("num_epochs=1", "num_iterations_per_epoch=2", "num_val_iterations_per_epoch=1", "seed=0", "mirror_axes=[]",
+            "picture_every=0")  # fmt: skip
+# Two iterations teach little: everything is kept, whatever the networks say.
+RULE = ("--agreement-from", "0", "--certain-from", "0.35")
+
+
+class Site:
+    """Folders of nnU-Net with a data set whose fold 5 has 4 labeled, 4 hidden and 2 validation cases; 3 in imagesUn."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        folders = {name: root / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        for name, folder in folders.items():
+            patch.setenv(name, str(folder))
+        patch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+        patch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.default_num_processes", 1)
+        self.raw, self.preprocessed, self.results = (folder / NAME for folder in folders.values())
+        self.commands: list[tuple[str, ...]] = []
+
+    def prepare(self) -> None:
+        write_dataset(self.raw, Sizes(labeled=10, unlabeled=3, test=1, side=32))
+        run_in_process("nnUNetv2_extract_fingerprint", "-d", "905", "-np", "1")
+        run_in_process("nnUNetv2_plan_experiment", "-d", "905")
+        small = ("-c", "2d", "--batch-size", "4", "--base-features", "4", "--max-features", "8")
+        run_in_process("nnunet-ssl", "configure", "-d", "905", "-o", "Tiny", *small, "--set", *SETTINGS)
+        run_in_process("nnUNetv2_preprocess", "-d", "905", "-c", "2d", "-plans_name", "Tiny", "-np", "1")
+        run_in_process("nnunet-ssl", "preprocess", "-d", "905", "-c", "2d", "-p", "Tiny", "-np", "1")
+        run_in_process("nnunet-ssl", "split", "-d", "905", "--labeled", "4", "--folds", "0")
+
+    def self_train(self, *words: str, fold: str = "5", stop_before: int | None = None) -> None:
+        """Run the command; as killed before its command of that number."""
+        options = ("-d", "905", "-c", "2d", "-p", "Tiny", "-device", "cpu", "-f", fold)
+        arguments = make_parser().parse_args(["self-train", *options, *words])
+
+        def run_and_note(*command: str) -> None:
+            if len(self.commands) == stop_before:
+                raise KeyboardInterrupt
+            self.commands.append(command)
+            run_in_process(*command)
+
+        run(arguments, run_and_note)
+
+    def labels(self, name: str, fold: str = "5") -> PseudoLabels:
+        (folder,) = self.preprocessed.glob(f"pseudo_labels/*/fold_{fold}/{name}")
+        return PseudoLabels(folder)
+
+    def weights(self, model: str, fold: int | str = 5) -> dict[str, torch.Tensor]:
+        file = self.results / f"{model}__2d" / f"fold_{fold}" / "checkpoint_final.pth"
+        return torch.load(file, weights_only=False)["network_weights"]
+
+    def splits(self) -> list[dict]:
+        return json.loads((self.preprocessed / "splits_final.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("self_training")
+
+
+@pytest.fixture
+def make_site(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Copies of one prepared data set."""
+    if not any(prepared.iterdir()):
+        Site(prepared, monkeypatch).prepare()
+
+    def make(name: str) -> Site:
+        shutil.copytree(prepared, tmp_path / name)
+        return Site(tmp_path / name, monkeypatch)
+
+    return make
+
+
+def files_of(labels: PseudoLabels) -> dict[str, np.ndarray]:
+    return {f.stem: labels.load(f.stem)[:] for f in sorted(labels.folder.glob("*.b2nd"))}
+
+
+def assert_alike(first: Site, second: Site, names: list[str], models: list[str]) -> None:
+    for name in names:
+        ours, theirs = first.labels(name), second.labels(name)
+        assert ours.manifest() == theirs.manifest()
+        for case, stored in files_of(ours).items():
+            np.testing.assert_array_equal(stored, theirs.load(case)[:])
+    for model in models:
+        weights = second.weights(model)
+        for key, value in first.weights(model).items():
+            assert torch.equal(value, weights[key]), (model, key)
+
+
+def test_two_rounds_and_a_stop_that_changes_nothing(make_site, capsys):
+    site = make_site("whole")
+    options = ("--rounds", "2", "--members", "2", *RULE)
+    site.self_train(*options)
+    splits = site.splits()
+    inner = {number: split for number, split in enumerate(splits) if INNER_FOLD_OF in split}
+    assert list(inner) == [6, 7]
+    trained = [set(split["train"]) for split in inner.values()]
+    assert set.union(*trained) == set(splits[5]["train"])
+    assert not set.intersection(*trained)
+    assert all(s["val"] == splits[5]["val"] and s["unlabeled"] == splits[5]["unlabeled"] for s in inner.values())
+
+    trainings = [(words[3], words[5], words[7]) for words in site.commands if words[0] == "nnUNetv2_train"]
+    ours, base = "nnUNetTrainerSelfTraining", "nnUNetTrainerSupervised"
+    assert trainings == [
+        ("6", base, "Tiny"), ("7", base, "Tiny"),
+        ("6", ours, "Tiny_self_round_2"), ("7", ours, "Tiny_self_round_2"),
+        ("5", ours, "Tiny_self"),
+    ]  # fmt: skip
+    unlabeled = {*splits[5]["unlabeled"], *(p.name[:10] for p in (site.raw / "imagesUn").iterdir())}
+    for number in (1, 2):
+        labels = site.labels(f"self_round_{number}")
+        manifest = labels.manifest()
+        assert set(manifest["cases"]) == set(files_of(labels)) == unlabeled
+        assert set(manifest["learned_from"]) == set(splits[5]["train"])
+        assert all((case["unchanged"] is not None) == (number == 2) for case in manifest["cases"].values())
+        assert {"cases.csv", "best.png", "worst.png"} <= {p.name for p in labels.folder.iterdir()}
+    model = site.results / f"{ours}__Tiny_self__2d" / "fold_5"
+    record = json.loads((model / "nnunet_ssl.json").read_text())
+    kept = {c for c, known in site.labels("self_round_2").manifest()["cases"].items() if known["kept"]}
+    assert set(record["unlabeled"]) == kept
+    assert set(record["pseudo_labels_know"]) == set(splits[5]["train"])
+    assert (model / "validation" / "summary.json").is_file()
+    table = next(site.results.glob("self_training/*/fold_5/rounds.md")).read_text()
+    assert "| self_round_2 |" in table
+    assert table in capsys.readouterr().out
+
+    commands = list(site.commands)
+    site.self_train(*options)
+    assert site.commands == commands, "what is finished is done again"
+    assert site.splits() == splits
+
+    stopped = make_site("stopped")
+    for number in (1, 2, 4, 6, len(commands) - 1):
+        with pytest.raises(KeyboardInterrupt):
+            stopped.self_train(*options, stop_before=number)
+    stopped.self_train(*options)
+    assert stopped.commands == commands
+    assert_alike(site, stopped, ["self_round_1", "self_round_2"], [f"{ours}__Tiny_self"])
