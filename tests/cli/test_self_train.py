@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from in_process import run_in_process
 
 from nnunet_ssl.cli import make_parser
 from nnunet_ssl.cli.self_train import run
-from nnunet_ssl.data.pseudo_labels import PseudoLabels, likeliest
+from nnunet_ssl.data.pseudo_labels import PseudoLabels
 from nnunet_ssl.data.splits import INNER_FOLD_OF
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("self-training")]

@@ -15,7 +15,7 @@ REGIONS = {"whole": (1, 2, 3), "core": (2, 3), "heart": 3}
 
 
 def in_structure(value: int, label: int | tuple[int, ...]) -> bool:
-    return value in label if isinstance(label, tuple) else value == label
+    return bool(value in label if isinstance(label, tuple) else value == label)
 
 
 def by_loops(maps, structures, counting):
