@@ -16,6 +16,7 @@ from nnunet_ssl.errors import UserError
 
 # Of positions and directions, in mm; as nnU-Net's own check of a data set.
 _TOLERANCE = 1e-3
+_NO_FILE = "no file"
 # What nnU-Net's readers note of an image's place in space, by the key in their properties.
 _GEOMETRY = {"sitk_stuff": ("origin", "direction"), "nibabel_stuff": ("original_affine",)}
 
@@ -76,7 +77,9 @@ def import_case(
     """
     image = Path(case.folder) / f"{case.identifier}.b2nd"
     if labels.is_done(case.identifier, [image, *([file] if file else [])]):
-        return
+        # A file may have been taken away.
+        if (labels.scores(case.identifier)["why"] == _NO_FILE) == (file is None):
+            return
     shape = tuple(blosc2.open(urlpath=str(image), mode="r").shape[1:])
     found, uncertain = np.zeros(shape, np.int16), np.ones(shape, bool)
     if file is not None:
@@ -85,7 +88,7 @@ def import_case(
         found, uncertain = preprocess_labels(images, file, plans_manager, configuration, dataset_json, uncertain_value)
         if found.shape != shape:
             raise UserError(f"{file} has {list(found.shape)} voxels when preprocessed, {image} has {list(shape)}.")
-    why = "" if file is not None and found.any() else "no file" if file is None else "the file shows no structure"
+    why = "" if file is not None and found.any() else _NO_FILE if file is None else "the file shows no structure"
     scores = {
         "kept": not why, "why": why, "agreement": None, "unchanged": None,
         "uncertain": round(float(uncertain.mean()), 6),
@@ -153,7 +156,7 @@ def _check_geometry(
     if labels.shape[1:] != raw.shape[1:]:
         refuse("shape", list(labels.shape[1:]), list(raw.shape[1:]))
     if not np.allclose(of_labels["spacing"], of_image["spacing"], atol=_TOLERANCE):
-        refuse("spacing", list(of_labels["spacing"]), list(of_image["spacing"]))
+        refuse("spacing", *(np.round(properties["spacing"], 4).tolist() for properties in (of_labels, of_image)))
     for key, names in _GEOMETRY.items():
         for name in names:
             found, expected = of_labels.get(key, {}).get(name), of_image.get(key, {}).get(name)

@@ -87,6 +87,14 @@ class PseudoLabels:
         """The stored map (*S) of a case; read as it is sliced."""
         return blosc2.open(urlpath=str(self.file(case)), mode="r", dparams={"nthreads": 1})
 
+    def scores(self, case: str) -> dict[str, Any]:
+        """What is noted of a case."""
+        scores: dict[str, Any] = read_json(self._scores_file(case), "Label the case again.")
+        return scores
+
+    def _scores_file(self, case: str) -> Path:
+        return self.folder / f"{case}.json"
+
     @property
     def manifest_file(self) -> Path:
         """Is there once all cases are."""
@@ -171,7 +179,7 @@ class PseudoLabels:
 
     def is_done(self, case: str, sources: Sequence[Path]) -> bool:
         """Whether a case is there, and newer than what it is made of."""
-        files = (self.file(case), self.folder / f"{case}.json")
+        files = (self.file(case), self._scores_file(case))
         if not all(file.is_file() for file in files):
             return False
         return min(f.stat().st_mtime for f in files) >= max((s.stat().st_mtime for s in sources), default=0.0)
@@ -189,7 +197,7 @@ class PseudoLabels:
         blocks, chunks = comp_blosc2_params((1, *array.shape), tuple(patch_size), array.itemsize)
         parameters = {"chunks": chunks[1:], "blocks": blocks[1:], "cparams": _COMPRESSION, "mode": "w"}
         replace_atomically(str(self.file(case)), lambda part: blosc2.asarray(array, urlpath=part, **parameters))
-        _write_json(self.folder / f"{case}.json", scores)
+        _write_json(self._scores_file(case), scores)
 
     def finish(self, cases: Sequence[str], preprocessing: Any, learned_from: Collection[str]) -> dict[str, Any] | None:
         """Write the manifest where all cases are there.
@@ -202,15 +210,14 @@ class PseudoLabels:
         Returns:
             The manifest; None where cases are still missing.
         """
-        files = {case: self.folder / f"{case}.json" for case in sorted(cases)}
-        if not all(file.is_file() for file in files.values()):
+        if not all(self._scores_file(case).is_file() for case in cases):
             return None
         manifest = {
             "name": self.folder.name,
             "settings": read_json(self.folder / SETTINGS, ""),
             "preprocessing": preprocessing,
             "learned_from": sorted(learned_from),
-            "cases": {case: read_json(file, "") for case, file in files.items()},
+            "cases": {case: self.scores(case) for case in sorted(cases)},
         }
         _write_json(self.manifest_file, manifest)
         return manifest
