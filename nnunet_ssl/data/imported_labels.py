@@ -76,10 +76,10 @@ def import_case(
         UserError: As ``preprocess_labels``, and where raw and preprocessed image do not fit together.
     """
     image = Path(case.folder) / f"{case.identifier}.b2nd"
-    if labels.is_done(case.identifier, [image, *([file] if file else [])]):
-        # A file may have been taken away.
-        if (labels.scores(case.identifier)["why"] == _NO_FILE) == (file is None):
-            return
+    is_done = labels.is_done(case.identifier, [image, *([file] if file else [])])
+    # A file may have been taken away.
+    if is_done and (labels.scores(case.identifier)["why"] == _NO_FILE) == (file is None):
+        return
     shape = tuple(blosc2.open(urlpath=str(image), mode="r").shape[1:])
     found, uncertain = np.zeros(shape, np.int16), np.ones(shape, bool)
     if file is not None:
