@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
@@ -13,7 +14,12 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.batches import Labeled, Unlabeled
-from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
+from nnunet_ssl.data.preprocessing import (
+    SETTINGS_FILE,
+    UNLABELED_SUFFIX,
+    preprocessed_cases,
+    preprocessing_settings,
+)
 from nnunet_ssl.data.pseudo_labels import UNCERTAIN, PseudoLabels, as_stored
 from nnunet_ssl.data.views import PSEUDO_LABELS, VIEWS
 from nnunet_ssl.methods import TRAINERS
@@ -184,8 +190,6 @@ class TinyDataset:
 
     @staticmethod
     def _write_blosc(file: Path, array: np.ndarray) -> None:
-        import blosc2
-
         blosc2.asarray(np.ascontiguousarray(array), urlpath=str(file), mode="w")
 
     def write_case(self, case: str, rng: np.random.Generator) -> None:
@@ -231,12 +235,15 @@ class TinyDataset:
         made = PseudoLabels.of(str(self.folder), fold, name)
         if made.manifest_file.is_file():
             return
-        rng, cases = np.random.default_rng(7), (*self.hidden, *self.unlabeled)
+        folder = f"{self.folder}{UNLABELED_SUFFIX}"
+        cases = {**dict.fromkeys(self.hidden, self.folder), **dict.fromkeys(preprocessed_cases(folder), folder)}
+        rng = np.random.default_rng(7)
         made.start({})
-        for case in cases:
-            stored = as_stored(rng.integers(0, self.num_labels, self.shape), rng.random(self.shape) < 0.2)
+        for case, place in cases.items():
+            shape = blosc2.open(urlpath=f"{place}/{case}.b2nd", mode="r").shape[1:]
+            stored = as_stored(rng.integers(0, self.num_labels, shape), rng.random(shape) < 0.2)
             made.write_case(case, stored, {"kept": case != self.unlabeled[-1], "why": "made up"}, self.patch)
-        made.finish(cases, preprocessing_settings(PlansManager(self.plans), self.configuration), self.labeled)
+        made.finish(list(cases), preprocessing_settings(PlansManager(self.plans), self.configuration), self.labeled)
 
     def trainer(self, cls: Any, fold: int | str = 0, **ssl: Any) -> Any:
         """A trainer of this data set, with further hyper-parameters; not initialized.
