@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from in_process import run_in_process
+from PIL import Image
 
 from nnunet_ssl.cli import make_parser
 from nnunet_ssl.cli.self_train import run
 from nnunet_ssl.data.pseudo_labels import PseudoLabels
 from nnunet_ssl.data.splits import INNER_FOLD_OF
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder
+from nnunet_ssl.testing.tiny import TinyDataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("self-training")]
 NAME = "Dataset905_Chest"
@@ -120,9 +124,8 @@ def test_two_rounds_and_a_stop_that_changes_nothing(make_site, capsys):
     assert not set.intersection(*trained)
     assert all(s["val"] == splits[5]["val"] and s["unlabeled"] == splits[5]["unlabeled"] for s in inner.values())
 
-    trainings = [(words[3], words[5], words[7]) for words in site.commands if words[0] == "nnUNetv2_train"]
     ours, base = "nnUNetTrainerSelfTraining", "nnUNetTrainerSupervised"
-    assert trainings == [
+    assert trainings_of(site) == [
         ("6", base, "Tiny"), ("7", base, "Tiny"),
         ("6", ours, "Tiny_self_round_2"), ("7", ours, "Tiny_self_round_2"),
         ("5", ours, "Tiny_self"),
@@ -157,3 +160,105 @@ def test_two_rounds_and_a_stop_that_changes_nothing(make_site, capsys):
     stopped.self_train(*options)
     assert stopped.commands == commands
     assert_alike(site, stopped, ["self_round_1", "self_round_2"], [f"{ours}__Tiny_self"])
+
+
+def trainings_of(site: Site) -> list[tuple[str, ...]]:
+    """Fold, trainer and plans of every training."""
+    return [(words[3], words[5], words[7]) for words in site.commands if words[0] == "nnUNetv2_train"]
+
+
+@pytest.mark.parametrize("change", ["scrambled", "deleted"])
+def test_hidden_labels_change_nothing(make_site, change):
+    """Neither a pseudo-label nor a score nor a weight; wherever they lie."""
+    sites, options = [], ("--rounds", "1", "--members", "2", *RULE)
+    for name in ("honest", change):
+        site = make_site(name)
+        folder = next(site.preprocessed.glob("*_2d"))
+        for case in site.splits()[5]["unlabeled"]:
+            files = [*folder.glob(f"{case}_seg.b2nd"), *folder.glob(f"{case}.pkl"), site.raw / f"labelsTr/{case}.png",
+                     site.preprocessed / f"gt_segmentations/{case}.png"]  # fmt: skip
+            for file in files if name != "honest" else ():
+                assert file.is_file()
+                if change == "deleted" and file.parent.name != "labelsTr":
+                    file.unlink()
+                elif file.suffix == ".png":
+                    noise = np.random.default_rng(0).integers(0, 4, (32, 32)).astype(np.uint8)
+                    Image.fromarray(noise).save(file)
+                elif file.suffix == ".b2nd":
+                    noise = np.random.default_rng(1).integers(0, 4, (1, 1, 32, 32)).astype(np.int16)
+                    TinyDataset._write_blosc(file, noise)
+                else:
+                    save_pickle({"class_locations": {1: np.zeros((5, 4), int)}}, str(file))
+        site.self_train(*options)
+        sites.append(site)
+    assert_alike(*sites, ["self_round_1"], ["nnUNetTrainerSelfTraining__Tiny_self"])
+    validation = set(sites[0].splits()[5]["val"])
+    for model in sites[0].results.glob("nnUNetTrainer*/fold_*"):
+        record = json.loads((model / "nnunet_ssl.json").read_text())
+        assert not validation & {*record["labeled"], *record["unlabeled"], *record.get("pseudo_labels_know", ())}
+        assert set(record["validation"]) == validation
+
+
+def test_few_labels_make_members_of_seeds_and_the_result_is_tuned(make_site):
+    site = make_site("seeds")
+    site.self_train("--rounds", "1", "--members", "3", "--fine-tune", "2", "--name", "few", *RULE)
+    base = "nnUNetTrainerSupervised"
+    assert trainings_of(site) == [
+        *(("5", base, f"Tiny_few_round_1_seed_{seed}") for seed in (1, 2, 3)),
+        ("5", "nnUNetTrainerSelfTraining", "Tiny_few"),
+        ("5", base, "Tiny_few_tuned"),
+    ]
+    first, second = (site.weights(f"{base}__Tiny_few_round_1_seed_{seed}") for seed in (1, 2))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert len(site.splits()) == 6
+    plans = json.loads((site.preprocessed / "Tiny_few_tuned.json").read_text())
+    assert (plans["ssl"]["num_epochs"], plans["ssl"]["initial_lr"]) == (2, 0.001)
+    weights = str(site.results / "nnUNetTrainerSelfTraining__Tiny_few__2d" / "fold_5" / "checkpoint_final.pth")
+    assert site.commands[-1][-2:] == ("-pretrained_weights", weights)
+
+
+def test_all_labels_are_used_by_default_and_one_member_is_asked_about_mirror_images(make_site):
+    site = make_site("all")
+    assert make_parser().parse_args(["self-train", "-d", "1", "-c", "2d"]).folds == ["all"]
+    site.self_train("--rounds", "1", "--members", "1", *RULE, fold="all")
+    assert [fold for fold, *_ in trainings_of(site)] == ["all", "all"]
+    assert len(site.labels("self_round_1", "all").manifest()["learned_from"]) == 10
+    # The data set allows no mirroring, so nothing is known of the agreement.
+    assert all(case["agreement"] is None for case in site.labels("self_round_1", "all").manifest()["cases"].values())
+
+
+def test_members_of_all_labels_are_folds_too(make_site, capsys):
+    site = make_site("all members")
+    arguments = ("--rounds", "1", "--members", "3", "--dry-run")
+    site.self_train(*arguments, fold="all")
+    assert not site.commands
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines if line.startswith("nnUNetv2_train")] == ["6", "7", "8", "all"]
+    (label,) = [line.split() for line in lines if line.startswith("nnunet-ssl pseudo-label")]
+    parsed = make_parser().parse_args(label[1:])
+    assert parsed.models == [f"nnUNetTrainerSupervised__Tiny__2d/fold_{number}" for number in (6, 7, 8)]
+    inner = site.splits()[6:]
+    assert all(len(split["train"]) + len(split["val"]) == 10 and split["inner_fold_of"] == "all" for split in inner)
+    site.self_train(*arguments, fold="all")
+    assert len(site.splits()) == 9
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+    (("--members", "0"), "--members must be at least 1, got 0"),
+    (("--fine-tune", "-1"), "--fine-tune takes a number of epochs"),
+    (("--agreement-from", "2"), "--agreement-from is 2.0; expected a number from 0 to 1"),
+])  # fmt: skip
+def test_wrong_use_is_refused(make_site, words, message):
+    site = make_site("wrong")
+    with pytest.raises(UserError, match=message):
+        site.self_train(*words)
+    assert not site.commands
+
+
+def test_other_thresholds_under_the_same_name_are_not_passed_over(make_site):
+    """What is there was made otherwise: the command that makes it says what to do."""
+    site = make_site("others")
+    site.self_train("--rounds", "1", "--members", "1", *RULE)
+    with pytest.raises(AssertionError, match="pseudo-label"):
+        site.self_train("--rounds", "1", "--members", "1", "--agreement-from", "0.1")
