@@ -135,11 +135,11 @@ class Rounds:
         """Of a member, the weights alone are waited for; nobody reads its validation."""
         folder = self._model(trainer, plans, fold)
         has_weights = (folder / _FINAL).is_file()
-        is_done = (folder / "validation" / "summary.json").is_file() if is_validated else has_weights
+        is_done = has_weights and (not is_validated or (folder / "validation" / "summary.json").is_file())
         words = ("nnUNetv2_train", self.dataset, self.configuration, str(fold), "-tr", trainer, "-p", plans)
         begun = (folder / "checkpoint_latest.pth").is_file()
-        how = ("--val",) if has_weights else ("--c",) if begun else first
-        return Step((*words, "-device", self.device, *how), has_weights and is_done)
+        how = () if is_done else ("--val",) if has_weights else ("--c",) if begun else first
+        return Step((*words, "-device", self.device, *how), is_done)
 
     def _labeling(self, number: int) -> Step:
         labels = PseudoLabels.of(str(self.folder), self.fold, self.labels_name(number))
