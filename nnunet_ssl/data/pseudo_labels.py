@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.splits import cases_to_report, outer_fold
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import replace_atomically, write_atomically
+from nnunet_ssl.files import replace_atomically, write_among_others
 from nnunet_ssl.nnunet.folders import read_json
 
 FOLDER = "pseudo_labels"
@@ -229,7 +228,4 @@ def reported_cases(preprocessed_folder: str, fold: int | str, train: Sequence[st
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Several machines may write it at once, each under a temporary name of its own."""
-    temporary = f"{file}.{socket.gethostname()}-{os.getpid()}"
-    write_atomically(temporary, json.dumps(content, indent=1).encode())
-    os.replace(temporary, file)
+    write_among_others(str(file), json.dumps(content, indent=1).encode())

@@ -16,7 +16,7 @@ from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.pseudo_labels import PseudoLabels
 from nnunet_ssl.evaluation.agreement import OVERALL
 from nnunet_ssl.evaluation.figures import COLORS, contour_picture
-from nnunet_ssl.files import write_atomically
+from nnunet_ssl.files import write_among_others
 
 TABLE = "cases.csv"
 _COLUMNS = ("case", "kept", "why", "uncertain")
@@ -82,7 +82,7 @@ def write_report(
     labels: PseudoLabels, manifest: Mapping[str, Any], cases: Sequence[UnlabeledCase], spacing: Sequence[float]
 ) -> None:
     """Write the table, and pictures of the best and the worst case where cases have scores, beside the manifest."""
-    write_atomically(str(labels.folder / TABLE), table(manifest))
+    write_among_others(str(labels.folder / TABLE), table(manifest))
     scored = {}
     for identifier, case in manifest["cases"].items():
         values = [case[key][OVERALL] for key in ("agreement", "unchanged") if case[key]]
@@ -93,7 +93,7 @@ def write_report(
     for what, of in (("best", order[-1:]), ("worst", order[:1])):
         for identifier in of:
             content = picture(labels, by_name[identifier], spacing)
-            write_atomically(str(labels.folder / f"{what}.png"), content)
+            write_among_others(str(labels.folder / f"{what}.png"), content)
 
 
 def picture(labels: PseudoLabels, case: UnlabeledCase, spacing: Sequence[float]) -> bytes:
