@@ -230,7 +230,7 @@ def _check_labeled_set(name: str, fold: str, folder: Path, record: dict[str, Any
         if known:
             raise UserError(
                 f"{name}, fold {fold} learned from pseudo-labels of models that knew the labels of {len(known)} "
-                f"reported cases, e.g. {known[0]}: scores on them mean nothing. Make pseudo-labels by models that do not."
+                f"reported cases, e.g. {known[0]}: scores on them mean nothing. Make other pseudo-labels."
             )
         return
     # Of trainings, the oldest first: the names hold the time, without leading zeros. --val writes logs too.
