@@ -30,11 +30,14 @@ def agreement(
         By structure, and for all of them together (sums over structures before the quotient). A pair in which neither
         has a structure does not count for it; NaN where none has it.
     """
-    masks = {name: [_mask(labels, label, counting) for labels in maps] for name, label in structures.items()}
     pairs = list(itertools.combinations(range(len(maps)), 2))
-    common = np.array([[np.count_nonzero(m[i] & m[j]) for i, j in pairs] for m in masks.values()], float)
-    sizes = np.array([[np.count_nonzero(m) for m in of_structure] for of_structure in masks.values()], float)
-    sums = np.stack([sizes[:, i] + sizes[:, j] for i, j in pairs], axis=1)
+    common, sums = (np.zeros((len(structures), len(pairs))) for _ in range(2))
+    for row, label in enumerate(structures.values()):
+        # One structure at a time: all masks of a large volume would fill the memory.
+        masks = [_mask(labels, label, counting) for labels in maps]
+        sizes = [np.count_nonzero(mask) for mask in masks]
+        common[row] = [np.count_nonzero(masks[i] & masks[j]) for i, j in pairs]
+        sums[row] = [sizes[i] + sizes[j] for i, j in pairs]
     means = [_mean_dice(*rows) for rows in (*zip(common, sums), (common.sum(0), sums.sum(0)))]
     return dict(zip((*structures, OVERALL), means))
 
