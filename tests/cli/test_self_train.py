@@ -262,3 +262,39 @@ def test_other_thresholds_under_the_same_name_are_not_passed_over(make_site):
     site.self_train("--rounds", "1", "--members", "1", *RULE)
     with pytest.raises(AssertionError, match="pseudo-label"):
         site.self_train("--rounds", "1", "--members", "1", "--agreement-from", "0.1")
+
+
+def test_labels_that_a_cluster_made_in_parts_are_gone_on_with(make_site):
+    site = make_site("cluster")
+    options = ("--rounds", "1", "--members", "1", *RULE)
+    with pytest.raises(KeyboardInterrupt):
+        site.self_train(*options, stop_before=1)
+    words = ("-d", "905", "-c", "2d", "-p", "Tiny", "-f", "5", "-tr", "nnUNetTrainerSupervised", "-device", "cpu")
+    for part in ("1", "0"):
+        parts = ("--num-parts", "2", "--part-id", part)
+        run_in_process("nnunet-ssl", "pseudo-label", *words, "--name", "self_round_1", *RULE, *parts)
+    site.self_train(*options)
+    assert [command[0] for command in site.commands] == ["nnUNetv2_train", "nnunet-ssl", "nnUNetv2_train"]
+    assert site.commands[1][1] == "configure"
+
+
+def test_commands_run_where_this_one_does(make_site, monkeypatch):
+    """With nnU-Net's folders, and the trainers of this package where nobody has named others."""
+    site, seen = make_site("environment"), []
+
+    def note(self, *words: str) -> None:
+        seen.append(self.environment)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunet_ssl.demo.commands.Commands.run", note)
+    parsed = make_parser().parse_args(["self-train", "-d", "905", "-c", "2d", "-p", "Tiny", "-f", "5"])
+    for named in (None, "/somewhere/else"):
+        monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+        if named:
+            monkeypatch.setenv("nnUNet_extTrainer", named)
+        with pytest.raises(KeyboardInterrupt):
+            run(parsed)
+        assert seen[-1]["nnUNet_extTrainer"] == (named or str(trainers_folder()))
+        assert [seen[-1][v] for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")] == [
+            str(folder.parent) for folder in (site.raw, site.preprocessed, site.results)
+        ]
