@@ -111,7 +111,7 @@ def _run_fold(rounds: Rounds, data: FoldData, run_command: Callable[..., None] |
             manifests.append(step.made.manifest())
             print("\n".join([*describe(manifests[-1]), f"-> {step.made.folder}"]), flush=True)
             write_atomically(str(folder / "rounds.md"), rounds_table(manifests).encode())
-    print(f"\n{rounds_table(manifests)}\n-> {folder / 'rounds.md'}")
+    print(f"\n{rounds_table(manifests)}\n-> {folder / 'rounds.md'}\nModel: {rounds.result}")
 
 
 def _rounds(arguments: argparse.Namespace, data: FoldData) -> Rounds:

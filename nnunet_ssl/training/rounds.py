@@ -95,6 +95,13 @@ class Rounds:
             yield self._configure(tuned, f"num_epochs={self.tuning_epochs}", f"initial_lr={_TUNING_RATE}")
             yield self._training(TUNING_TRAINER, tuned, self.fold, True, "-pretrained_weights", weights)
 
+    @property
+    def result(self) -> Path:
+        """The folder of what is trained last."""
+        if self.tuning_epochs:
+            return self._model(TUNING_TRAINER, f"{self._plans()}_tuned", self.fold)
+        return self._model(TRAINER, self._plans(), self.fold)
+
     def labels_name(self, number: int) -> str:
         """Of the pseudo-labels of a round."""
         return f"{self.name}_round_{number}"

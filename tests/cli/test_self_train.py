@@ -146,7 +146,9 @@ def test_two_rounds_and_a_stop_that_changes_nothing(make_site, capsys):
     assert (model / "validation" / "summary.json").is_file()
     table = next(site.results.glob("self_training/*/fold_5/rounds.md")).read_text()
     assert "| self_round_2 |" in table
-    assert table in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert table in said
+    assert said.splitlines()[-1] == f"Model: {model}"
 
     commands = list(site.commands)
     site.self_train(*options)
@@ -199,7 +201,7 @@ def test_hidden_labels_change_nothing(make_site, change):
         assert set(record["validation"]) == validation
 
 
-def test_few_labels_make_members_of_seeds_and_the_result_is_tuned(make_site):
+def test_few_labels_make_members_of_seeds_and_the_result_is_tuned(make_site, capsys):
     site = make_site("seeds")
     site.self_train("--rounds", "1", "--members", "3", "--fine-tune", "2", "--name", "few", *RULE)
     base = "nnUNetTrainerSupervised"
@@ -215,6 +217,9 @@ def test_few_labels_make_members_of_seeds_and_the_result_is_tuned(make_site):
     assert (plans["ssl"]["num_epochs"], plans["ssl"]["initial_lr"]) == (2, 0.001)
     weights = str(site.results / "nnUNetTrainerSelfTraining__Tiny_few__2d" / "fold_5" / "checkpoint_final.pth")
     assert site.commands[-1][-2:] == ("-pretrained_weights", weights)
+    model = site.results / f"{base}__Tiny_few_tuned__2d" / "fold_5"
+    assert (model / "validation" / "summary.json").is_file()
+    assert capsys.readouterr().out.splitlines()[-1] == f"Model: {model}"
 
 
 def test_all_labels_are_used_by_default_and_one_member_is_asked_about_mirror_images(make_site):
