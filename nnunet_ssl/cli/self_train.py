@@ -3,7 +3,7 @@
 Several networks label the images of every round: each is trained on another part of the fold's labels (folds for them
 are appended to splits_final.json), or from another seed where labels are few. What they agree on is kept, and what the
 round before said alike. Later rounds learn from the pseudo-labels, too, and at the end nnUNetTrainerSelfTraining is
-trained on the fold itself. Validation cases of the fold are seen by nobody. Run it again after a stop: what is finished
+trained on the fold itself. Nobody learns from validation cases of the fold. Run it again after a stop: what is finished
 is skipped. For another data set of images or other settings, choose another --name.
 """
 
