@@ -215,7 +215,7 @@ def test_an_unknown_method_is_a_warning(mine, preprocessed, capsys):
     assert written["Miror"] == {"anything": [1]}
     told = capsys.readouterr().err
     assert "WARNING: no method is called Miror. Did you mean Mirror?" in told
-    assert "Known are Supervised, SupTC, SemiTC, SemiTCPlus, DualNet, FDPL, Mirror;" in told
+    assert "Known are Supervised, SupTC, SemiTC, SemiTCPlus, DualNet, FDPL, SelfTraining, Mirror;" in told
 
 
 # ---- env ----------------------------------------------------------------------------------------------------------
