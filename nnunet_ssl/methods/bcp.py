@@ -28,7 +28,9 @@ class BCPParameters(MethodParameters):
     """Hyper-parameters of bidirectional copy-paste."""
 
     supervised_fraction: float = other_default("supervised_fraction", 0.25)
-    pseudo_label_weight: float = parameter(0.5, "weight w of the teacher's labels", minimum=0.0)
+    pseudo_label_weight: float = parameter(
+        0.5, "weight w of the teacher's labels; 0 for nnU-Net's training", minimum=0.0
+    )
     teacher_decay: float = parameter(0.99, "decay per step of the teacher's weights", minimum=0.0, maximum=0.9999)
     box_side: float = parameter(0.667, "side of the box", "of the patch side", minimum=0.01, maximum=1.0)
 
@@ -46,6 +48,8 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer[BCPParameters]):
 
     def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
         """One pass over all mixtures."""
+        if not self.hp.pseudo_label_weight:
+            return super().step(labeled, None)
         images, target = labeled.images, labeled.target
         if unlabeled is None:
             boxes = self.boxes(images)
