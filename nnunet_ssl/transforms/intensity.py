@@ -52,7 +52,7 @@ def strong_intensities(
     shift = strength * (draw() - 0.5)
     gamma = 2.0 ** (strength * (2.0 * draw() - 1.0))
     span = (highest - lowest).clamp_min(1e-6)
-    changed = ((pictures - lowest) / span).clamp_min(1e-6) ** gamma * span + lowest
+    changed = ((pictures - lowest) / span).clamp_min(0.0) ** gamma * span + lowest
     changed = (changed - mean) * contrast + mean + shift
     changed = torch.where(draw() < probability / 2, _blur(changed, draw(), strength), changed)
     changed = torch.where((draw() < probability) & (pictures != 0), changed, pictures)

@@ -13,7 +13,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.blocks.companion import Companion
-from nnunet_ssl.methods import TRAINERS, nnUNetTrainerSemiTC, nnUNetTrainerSupTC
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerFDPL, nnUNetTrainerSemiTC, nnUNetTrainerSupTC
 from nnunet_ssl.testing import Bench, kinds, leakage, masks, resuming, steps
 from nnunet_ssl.testing.gradients import terms_train_their_networks, unlabeled_images_matter, untouched
 from nnunet_ssl.testing.tiny import PATCHES, SCENARIOS, step_of
@@ -49,7 +49,7 @@ def test_1_gradient_of_nearest_interpolation_reaches_every_parameter(bench, cls)
 @pytest.mark.parametrize("term", ["fixed", "fixed_partner", "dynamic", "dynamic_partner"])
 def test_1_what_a_term_does_not_reach_is_told(tiny, term):
     """The check itself: a parameter whose gradient is taken away is named."""
-    trainer = tiny.initialized(TRAINERS[-1], supervised_fraction=0.0)
+    trainer = tiny.initialized(nnUNetTrainerFDPL, supervised_fraction=0.0)
     step_of(trainer, *tiny.batches(trainer)).losses[term].backward()
     (name,) = trainer.trains(term)
     network = trainer.network if name == "network" else trainer.companions[name].module
