@@ -11,6 +11,7 @@ import torch
 from nnunet_ssl.blocks.companion import Companion
 from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.blocks.teacher import EMATeacher
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.training.configured import ConfiguredTrainer
 
 # The average's name while training, and that of the trained weights in a checkpoint, whose network is the average.
@@ -50,10 +51,17 @@ class AveragedTrainer(ConfiguredTrainer):
         """Go on from a checkpoint whose network is loaded already.
 
         Raises:
-            KeyError: Where the checkpoint lacks one of them.
+            UserError: Where the checkpoint has others.
         """
-        for name, companion in self.companions.items():
-            companion.restore(states[_TRAINED if name == _AVERAGE else name])
+        names = {_TRAINED if name == _AVERAGE else name: name for name in self.companions}
+        if set(names) != set(states):
+            raise UserError(
+                f"The checkpoint holds the further networks {sorted(states) or 'none'}, this training has "
+                f"{sorted(names) or 'none'}: it was trained with other hyper-parameters (averaged_decay, or the "
+                f"method's). Set them as they were, or train anew."
+            )
+        for saved, name in names.items():
+            self.companions[name].restore(states[saved])
         self._swap()
 
     def on_validation_epoch_start(self) -> None:

@@ -16,6 +16,7 @@ from nnunet_ssl.data.preprocessing import preprocessing_settings
 from nnunet_ssl.data.previous_stage import PreviousStage, check_complete, check_no_hidden_labels
 from nnunet_ssl.data.workers import WatchedAugmenter
 from nnunet_ssl.training.averaged import AveragedTrainer
+from nnunet_ssl.training.hyperparameters import MethodParameters
 
 
 class TwoLoaderTrainer(AveragedTrainer):
@@ -60,7 +61,7 @@ class TwoLoaderTrainer(AveragedTrainer):
 
     @property
     def _examples_are_added(self) -> bool:
-        return bool(self.hp.unlabeled_examples == "added")
+        return isinstance(self.hp, MethodParameters) and self.hp.unlabeled_examples == "added"
 
     @property
     def stage_1_batch_size(self) -> int:

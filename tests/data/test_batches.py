@@ -117,3 +117,13 @@ def test_a_share_is_the_nearest_possible(total):
 def test_the_more_labels_the_fewer_unlabeled_examples(labeled, examples):
     """Of 99 cases and a batch of 4: up to 50 as docs/results.md reports them."""
     assert share_batch(4, 0.33, labeled, 99 - labeled)[:2] == (4 - examples, examples)
+
+
+@pytest.mark.parametrize(("total", "largest", "expected"), [
+    (4, 0.5, (4, 4)), (4, 0.25, (4, 1)), (2, 0.5, (2, 2)), (1, 0.5, (1, 1)), (12, 0.5, (12, 12)), (9, 0.34, (9, 4)),
+])  # fmt: skip
+def test_examples_that_are_added_keep_the_proportion(total, largest, expected):
+    """Labeled ones fill the plan's batch, of which nnU-Net centers as many on a structure as without the others."""
+    shared, added = (share_batch(total, 0.33, 1, 99, largest, added=added) for added in (False, True))
+    assert added[:2] == expected
+    assert added[2] == shared[2]
