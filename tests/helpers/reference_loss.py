@@ -15,7 +15,11 @@ def arrays(outputs: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def reference_loss(
-    logits: Sequence[np.ndarray], target: np.ndarray, counted: np.ndarray, has_regions: bool = False
+    logits: Sequence[np.ndarray],
+    target: np.ndarray,
+    counted: np.ndarray,
+    has_regions: bool = False,
+    ignore_label: int | None = None,
 ) -> float:
     """Cross-entropy minus Dice plus 1 where nothing counts, weighed 4:2:..:0 over the resolutions.
 
@@ -24,6 +28,7 @@ def reference_loss(
         target: (B, 1, *S) labels or (B, K, *S) regions; what does not count may hold anything.
         counted: (B, 1, *S).
         has_regions: Whether channels are regions.
+        ignore_label: Of the data set; where it has one, nnU-Net adds the cross-entropy of regions up.
     """
     factors = np.array([1 / 2**i for i in range(len(logits))])
     if len(logits) > 1:
@@ -34,11 +39,12 @@ def reference_loss(
         # Nearest-exact sampling reads the voxel in the middle.
         index = np.ix_(*[np.arange(n) * s + s // 2 for n, s in zip(z.shape[2:], step)])
         y, mask = (values[(slice(None), slice(None), *index)] for values in (target, counted))
-        total += factor * _at_one_resolution(z, y, mask.astype(bool), has_regions)
+        summed = z.shape[1] if has_regions and ignore_label is not None else 1
+        total += factor * _at_one_resolution(z, y, mask.astype(bool), has_regions, summed)
     return float(total)
 
 
-def _at_one_resolution(z: np.ndarray, y: np.ndarray, mask: np.ndarray, has_regions: bool) -> float:
+def _at_one_resolution(z: np.ndarray, y: np.ndarray, mask: np.ndarray, has_regions: bool, times: int) -> float:
     if has_regions:
         p, truth = expit(z), y.astype(float)
         log_loss = -(truth * log_expit(z) + (1 - truth) * log_expit(-z)).mean(1)
@@ -53,4 +59,4 @@ def _at_one_resolution(z: np.ndarray, y: np.ndarray, mask: np.ndarray, has_regio
     axes = (0, 2, 3) if z.ndim == 4 else (2, 3, 4)
     overlap, predicted, true = ((part * mask).sum(axes) for part in (p * truth, p, truth))
     dice = ((2 * overlap + 1e-5) / (predicted + true + 1e-5)).mean()
-    return cross_entropy - dice + (not mask.any())
+    return times * cross_entropy - dice + (not mask.any())
