@@ -29,6 +29,8 @@ from nnunet_ssl.data.workers import in_background_workers
 
 # Of order-3 splines in regions of zeros, in units of the normalized image's standard deviation.
 _RESAMPLING_NOISE = 0.01
+# A patch whose standard deviation is less than this part of the image's shows air; so often another place is drawn.
+_EMPTY, _PLACES = 0.2, 4
 
 
 class UnlabeledDataset:
@@ -53,7 +55,8 @@ class UnlabeledDataset:
 class UnlabeledDataLoader(nnUNetDataLoader):
     """Random patches of unlabeled images, with nnU-Net's cropping and the transforms it is given.
 
-    Yields every wanted view by its name, (B, C, *S) float32, and ``keys``, the B identifiers.
+    Yields every wanted view by its name, (B, C, *S) float32, and ``keys``, the B identifiers. Labeled patches are
+    centered on structures in part; here no structure is known, but places that show nothing but air are drawn anew.
 
     Args:
         dataset: Image-only view.
@@ -88,6 +91,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self.previous_stage = previous_stage
         # With an ignore label nnU-Net's cropping looks for annotated voxels. There are none here.
         self.has_ignore = False
+        self._spreads: dict[str, float] = {}
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Draw one batch."""
@@ -97,10 +101,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]} | {"keys": keys}
 
     def _example(self, key: str) -> dict[str, Tensor]:
-        image = self._data.load_image(key)
-        lower, upper = self.get_bbox(image.shape[1:], False, None)
-        box = [[low, high] for low, high in zip(lower, upper)]
-        patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+        patch, box = self._place(key)
         if self.patch_size_was_2d:
             patch = patch[:, 0]
         data = {"image": patch}
@@ -114,6 +115,20 @@ class UnlabeledDataLoader(nnUNetDataLoader):
             data["segmentation"] = torch.cat([mask, previous])
         views: dict[str, Tensor] = self.transforms(**data)
         return views
+
+    def _place(self, key: str) -> tuple[Tensor, list[list[int]]]:
+        """A patch (C, *S), by nnU-Net's rules, and its bounds per axis."""
+        image = self._data.load_image(key)
+        if key not in self._spreads:
+            # Of the middle slice, or of all of a 2D image: bodies lie in the middle.
+            self._spreads[key] = float(np.std(image[:, image.shape[1] // 2]))
+        for _ in range(_PLACES):
+            lower, upper = self.get_bbox(image.shape[1:], False, None)
+            box = [[low, high] for low, high in zip(lower, upper)]
+            patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+            if patch.std() >= _EMPTY * self._spreads[key]:
+                break
+        return patch, box
 
 
 def outside_of_mask(image: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,8 @@ from nnunet_ssl.testing.broken import calling_place
 from nnunet_ssl.testing.networks import Weights, weights_of
 from nnunet_ssl.testing.tiny import TinyDataset
 
-# Of trainings that several promises look at: structures are never learned in them, and so the share of unlabeled terms
-# changes from step to step.
-SHARED_SETTINGS: dict[str, Any] = {"learned_dice": 0.5, "supervised_fraction": 0.25}
+# Of trainings that several promises look at: noise is learned only so far that some structures are waited for.
+SHARED_SETTINGS: dict[str, Any] = {"learned_dice": 0.1, "supervised_fraction": 0.25}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,36 @@ def test_loader_pads_images_smaller_than_the_patch(tiny):
     assert (batch["strong"][:, :, :8] == 0).all()
 
 
+@pytest.mark.parametrize("patch", ["2d", "3d"])
+def test_patches_of_air_are_rare(tmp_path, patch):
+    """A fifth of the places show something: of four places one does in 60 of 100 patches, not in 20."""
+    tiny = TinyDataset(tmp_path, PATCHES[patch])
+    shape = (1, 1, 160, 32) if patch == "2d" else (1, 16, 160, 16)
+    rng = np.random.default_rng(0)
+    image = rng.normal(-1.0, 0.01, shape).astype(np.float32)
+    image[:, :, 56:72] = rng.normal(2.0, 1.0, image[:, :, 56:72].shape)
+    tiny._write_blosc(tiny.folder / "hid_0.b2nd", image)
+    labels = tiny.trainer(nnUNetTrainerSupTC).label_manager
+    dataset = UnlabeledDataset([UnlabeledCase("hid_0", str(tiny.folder), "hidden label")])
+    side = (16, 32) if patch == "2d" else (16, 16, 16)
+    np.random.seed(0)
+    batches = [next(UnlabeledDataLoader(dataset, 8, side, side, labels))["strong"] for _ in range(30)]
+    shows = (torch.cat(batches).flatten(1).std(1) > 0.2).float().mean().item()
+    one = 30 / 145
+    assert shows == pytest.approx(1 - (1 - one) ** 4, abs=0.1)
+
+
+def test_places_are_drawn_once_where_there_is_no_air(tiny):
+    """As many random numbers as nnU-Net draws."""
+    cases = [UnlabeledCase(c, str(tiny.folder), "hidden label") for c in tiny.hidden]
+    labels = tiny.trainer(nnUNetTrainerSupTC).label_manager
+    loader = UnlabeledDataLoader(UnlabeledDataset(cases), 4, (8, 8), (8, 8), labels)
+    places, original = [], loader.get_bbox
+    loader.get_bbox = lambda *arguments: places.append(original(*arguments)) or places[-1]
+    next(loader)
+    assert len(places) == 4
+
+
 def test_mask_is_found_from_the_image(tiny):
     seen = {}
 

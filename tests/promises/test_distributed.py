@@ -59,7 +59,7 @@ def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
             setattr(module, name, refuse)
         nnunet_ssl.training.monitor._draw = refuse
         TermLogger.plot_progress_png = refuse
-    trainer = tiny.trainer(cls, supervised_fraction=0.5, num_epochs=2, picture_every=1, learned_dice=0.5)
+    trainer = tiny.trainer(cls, supervised_fraction=0.5, num_epochs=2, picture_every=1, learned_dice=0.1)
     steps: list[np.ndarray] = []
     train_step = trainer.train_step
 
@@ -72,7 +72,7 @@ def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
     trainer.run_training()
     names = trainer.logger.local_logger.step_names
     logged = [[trainer.logger.get_value(TermLogger.key(name), epoch) for name in names] for epoch in range(2)]
-    resumed = tiny.trainer(cls, supervised_fraction=0.5, num_epochs=2, learned_dice=0.5)
+    resumed = tiny.trainer(cls, supervised_fraction=0.5, num_epochs=2, learned_dice=0.1)
     resumed.initialize()
     resumed.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
     counts = {"whole": trainer.learned.counts, "resumed": resumed.learned.counts}
