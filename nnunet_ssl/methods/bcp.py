@@ -64,7 +64,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer[BCPParameters]):
             part.repeat(2, *[1] * (images.ndim - 1)) for part in (images[known], unlabeled.strong[guessed])
         )
         outputs = self.network(mixing.mix(others, pictures, annotated))
-        twice = self.masked_target(target)[known].repeat(2, *[1] * (images.ndim - 1))
+        twice = target[known].repeat(2, *[1] * (images.ndim - 1))
         losses = {"supervised": self.masked_supervised_loss(outputs, twice, annotated)}
         if self.weight("pseudo_label"):
             labels = self.hard_labels(self.teacher(unlabeled.weak), target)[guessed]
