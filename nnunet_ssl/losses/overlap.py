@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -31,18 +33,31 @@ def soft_iou_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, cou
         Scalar in [0, 1].
     """
     overlap = first * second
-    union = first + second - overlap
-    if mask is not None:
-        # Selected, not multiplied: 0 * inf of an excluded voxel would be NaN.
-        keep = mask.bool()
-        overlap = torch.where(keep, overlap, 0.0)
-        union = torch.where(keep, union, 0.0)
-    axes = list(range(2, first.ndim))
-    loss = 1.0 - (overlap.sum(axes) + SMOOTH) / (union.sum(axes) + SMOOTH)
-    if counted is None:
-        return loss.mean()
-    # A mean per image first: an image weighs the same whatever the others show, also where those are on other devices.
-    return (torch.where(counted, loss, 0.0).sum(1) / counted.sum(1).clamp_min(1)).mean()
+    overlap, union = _sums((overlap, first + second - overlap), mask)
+    return _mean(1.0 - (overlap + SMOOTH) / (union + SMOOTH), counted)
+
+
+def tanimoto_loss(first: Tensor, second: Tensor, mask: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    """Mean over images and classes of sum((p - q)^2) / sum(p^2 + q^2 - p q), which is 0 for equal predictions.
+
+    Equals 1 - sum(p q) / sum(p^2 + q^2 - p q): of hard predictions 1 - IoU, as ``soft_iou_loss``, but of soft ones too
+    it is 0 where they are equal, however unsure they are. The gradient takes the denominator as a constant. It is thus
+    a multiple of p - q in every voxel: it brings both predictions together, and is 0 where they are equal. The
+    denominator's own gradient would make a class more probable in every voxel wherever predictions of it differ.
+
+    Args:
+        first: As for ``soft_iou_loss``.
+        second: As for ``soft_iou_loss``.
+        mask: As for ``soft_iou_loss``.
+        counted: As for ``soft_iou_loss``.
+
+    Returns:
+        Scalar in [0, 1].
+    """
+    difference = (first - second).square()
+    extent = (difference + first * second).detach()
+    difference, extent = _sums((difference, extent), mask)
+    return _mean(difference / (extent + SMOOTH), counted)
 
 
 @torch.no_grad()
@@ -93,6 +108,21 @@ def foreground_dice_loss(logits: Tensor, target: Tensor, has_regions: bool, igno
     truth, mask = target_maps(target, logits.shape[1], has_regions, ignore_label)
     first = 0 if has_regions else min(1, truth.shape[1] - 1)
     return soft_dice_loss(probabilities(logits, has_regions)[:, first:], truth[:, first:], mask)
+
+
+def _sums(maps: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+    """The sums (B, K) of maps (B, K, *S) over the voxels that count."""
+    # Selected, not multiplied: 0 * inf of an excluded voxel would be NaN.
+    kept = maps if mask is None else [torch.where(mask.bool(), m, 0.0) for m in maps]
+    return [m.flatten(2).sum(2) for m in kept]
+
+
+def _mean(losses: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of losses (B, K) over images and the classes that count in them."""
+    if counted is None:
+        return losses.mean()
+    # A mean per image first: an image weighs the same whatever the others show, also where those are on other devices.
+    return (torch.where(counted, losses, 0.0).sum(1) / counted.sum(1).clamp_min(1)).mean()
 
 
 class SoftIoULoss(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 _OF_METHODS = {
     "SupTC": (
         *("consistency_weight", "smoothness", "displacement_std", "identity_probability", "interpolation"),
-        "supervised_loss",
+        *("supervised_loss", "rotation", "scaling", "consistency_loss"),
     ),
     "DualNet": (
         *("pseudo_label_weight", "consistency_weight", "uncertainty_weight", "contrastive_weight", "weak_teacher"),

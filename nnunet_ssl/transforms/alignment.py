@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,13 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnunet_ssl.runtime.precision import without_autocast
-from nnunet_ssl.transforms.displacement import (
-    check_displacement,
-    identity_coordinates,
-    warp,
-)
-from nnunet_ssl.transforms.interpolation import index_of, knots_between, look_up, spline_matrix
+from nnunet_ssl.runtime.precision import at_least_float32, without_autocast
+from nnunet_ssl.transforms.affine import affine_after
+from nnunet_ssl.transforms.displacement import check_displacement, warp
+from nnunet_ssl.transforms.interpolation import coordinates, index_of, knots_between, look_up, spline_matrix
 from nnunet_ssl.transforms.mixing import shifted_crop
 from nnunet_ssl.transforms.random_field import apply_per_axis
 
@@ -24,12 +22,11 @@ from nnunet_ssl.transforms.random_field import apply_per_axis
 INVERSION_ITERATIONS = 7
 
 
-# On knots, most iterations run on few of them (this many times further apart), and these many follow on all of them: by
-# dimension, because the same strain is shared by more axes in 3D and the iteration converges faster.
+# On knots, most iterations run on few of them (this many times further apart), these many follow on all of them, and
+# one at every voxel: by dimension, because the same strain is shared by more axes in 3D and the iteration converges
+# faster.
 _COARSE_KNOT_FACTOR = 2.5
-
-
-_FINE_ITERATIONS = {2: 3, 3: 2}
+_FINE_ITERATIONS = {2: 2, 3: 1}
 
 
 class SolverGrid(NamedTuple):
@@ -45,20 +42,20 @@ class SolverGrid(NamedTuple):
     knot_spacing: tuple[int, ...]
 
 
-def solver_grid(spatial_shape: Sequence[int], smoothness: float, fixed_axes: Sequence[int] = ()) -> SolverGrid:
+def solver_grid(spatial_shape: Sequence[int], sigma: float, fixed_axes: Sequence[int] = ()) -> SolverGrid:
     """The grid that reaches a residual of 0.01 voxels for fields that ``sample_displacement`` draws.
 
     Args:
         spatial_shape: S, in voxels.
-        smoothness: As for ``sample_displacement``.
+        sigma: As for ``sample_displacement``.
         fixed_axes: As for ``sample_displacement``.
     """
-    sigmas = [0.0 if axis in fixed_axes else smoothness * side for axis, side in enumerate(spatial_shape)]
+    sigmas = [0.0 if axis in fixed_axes else sigma for axis in range(len(spatial_shape))]
     # The spline's error in voxels is proportional to sigma (h / sigma)^4 at the strain that fields are limited to. It
     # is a sum over axes, so each axis has less of it in 3D. The factors were measured on many fields.
     factor = 0.3 if len(spatial_shape) == 2 or fixed_axes else 0.44
-    spacing = [max(1, round(factor * sigma**0.75)) if sigma else 0 for sigma in sigmas]
-    return SolverGrid(tuple(math.ceil(sigma / 2) for sigma in sigmas), tuple(spacing))
+    spacing = [max(1, round(factor * s**0.75)) if s else 0 for s in sigmas]
+    return SolverGrid(tuple(math.ceil(s / 2) for s in sigmas), tuple(spacing))
 
 
 def invert_displacement(displacement: Tensor, iterations: int = INVERSION_ITERATIONS) -> Tensor:
@@ -80,12 +77,20 @@ def invert_displacement(displacement: Tensor, iterations: int = INVERSION_ITERAT
 
 
 def align_displacements(
-    first: Tensor, second: Tensor, iterations: int = INVERSION_ITERATIONS, grid: SolverGrid | None = None
+    first: Tensor,
+    second: Tensor,
+    iterations: int = INVERSION_ITERATIONS,
+    grid: SolverGrid | None = None,
+    between: Tensor | None = None,
 ) -> Tensor:
     """The displacement of phi_1^-1 after phi_2, which moves predictions of branch 1 into the frame of branch 2.
 
     Equals ``compose_displacements(invert_displacement(first), second)``, but solves a = u_2(q) - u_1(q + a) directly:
     one interpolation less, hence more accurate, and it starts close to the solution.
+
+    Where affine maps follow the displacements, phi_i(q) = A_i(q + u_i(q)), it solves a = w(q) - u_1(q + a) with
+    q + w(q) = A_1^-1 A_2 (q + u_2(q)): the affine part is exact, whatever its strength, and the iteration contracts as
+    without it.
 
     With a grid, the equation is solved at its knots alone, with the same look-ups in the full field, and a cubic spline
     takes the smooth solution to the voxels: many times faster in 3D.
@@ -95,9 +100,10 @@ def align_displacements(
         second: u_2, of the same shape.
         iterations: As for ``invert_displacement``.
         grid: From ``solver_grid``; without it every voxel is a knot and nothing is assumed of the fields.
+        between: The matrix (B, D, D) of A_1^-1 A_2, about the center of the patch; none if absent.
 
     Returns:
-        a (B, D, *S), in voxels, with (q + a) + u_1(q + a) = q + u_2(q).
+        a (B, D, *S), in voxels, with A_1((q + a) + u_1(q + a)) = A_2(q + u_2(q)).
 
     Raises:
         ValueError: Where shapes do not fit.
@@ -108,13 +114,14 @@ def align_displacements(
             f"The displacements have shapes {tuple(first.shape)} and {tuple(second.shape)}; they must match."
         )
     if grid is None:
-        aligned = second - first
+        wanted = second if between is None else affine_after(between, second, second.shape[2:])
+        aligned = wanted
         for _ in range(iterations):
-            aligned = second - warp(first, aligned)
+            aligned = wanted - warp(first, aligned)
         return aligned
     work = torch.float64 if first.dtype == torch.float64 else torch.float32
     with without_autocast(first.device):
-        return _align_on_knots(first.to(work), second.to(work), iterations, grid).to(first.dtype)
+        return _align_on_knots(first.to(work), second.to(work), iterations, grid, between).to(first.dtype)
 
 
 def without_margin(displacement: Tensor, margin: Sequence[int]) -> Tensor:
@@ -134,14 +141,17 @@ def inside_mask(displacement: Tensor) -> Tensor:
     check_displacement(displacement)
     # A rounding error outside the outermost voxel center is still inside.
     tolerance = 1e-3
-    inside = torch.ones_like(displacement[:, :1], dtype=torch.bool)
-    for axis, side in enumerate(displacement.shape[2:]):
-        position = identity_coordinates(displacement, axis) + displacement[:, axis].float()
-        inside &= ((position >= -tolerance) & (position <= side - 1 + tolerance))[:, None]
-    return inside
+    field = at_least_float32(displacement)
+    sides = field.shape[2:]
+    distances = [
+        (coordinates(range(side), (side - 1) / 2, 1.0, len(sides) - axis - 1, field) + field[:, axis]).abs()
+        for axis, side in enumerate(sides)
+    ]
+    inside = [distance <= (side - 1) / 2 + tolerance for distance, side in zip(distances, sides)]
+    return functools.reduce(torch.logical_and, inside)[:, None]
 
 
-def _align_on_knots(first: Tensor, second: Tensor, iterations: int, grid: SolverGrid) -> Tensor:
+def _align_on_knots(first: Tensor, second: Tensor, iterations: int, grid: SolverGrid, between: Tensor | None) -> Tensor:
     """``align_displacements`` for float32 and float64 fields with a margin: on coarse knots, then on all of them."""
     sides = [side - 2 * margin for side, margin in zip(first.shape[2:], grid.margin)]
     # Knots reach half a margin beyond the patch: a spline is least accurate at its ends.
@@ -151,17 +161,22 @@ def _align_on_knots(first: Tensor, second: Tensor, iterations: int, grid: Solver
     for factor, repetitions in ((_COARSE_KNOT_FACTOR, iterations), (1.0, _FINE_ITERATIONS[len(sides)])):
         knots = [knots_between(*end, factor * spacing) for end, spacing in zip(ends, grid.knot_spacing)]
         # In the fields' own voxels, which start with the margin.
-        indices = [index_of(tuple(k + m for k in ks), first.device) for ks, m in zip(knots, grid.margin)]
+        places = [tuple(k + m for k in ks) for ks, m in zip(knots, grid.margin)]
         wanted = second
-        for axis, index in enumerate(indices, start=2):
-            wanted = wanted.index_select(axis, index)
-        aligned = torch.zeros_like(wanted) if aligned is None else _resample(aligned, coarser, knots)
-        places = [index.view(-1, *[1] * (len(knots) - axis)) for axis, index in enumerate(indices, start=1)]
+        for axis, place in enumerate(places, start=2):
+            wanted = wanted.index_select(axis, index_of(place, first.device))
+        wanted = wanted if between is None else affine_after(between, wanted, sides, knots)
+        aligned = wanted if aligned is None else _resample(aligned, coarser, knots)
         for _ in range(repetitions):
-            aligned = wanted - look_up(first, [place + aligned[:, d] for d, place in enumerate(places)])
+            aligned = wanted - look_up(first, aligned, places)
         coarser = knots
     assert aligned is not None
-    return _resample(aligned, coarser, [tuple(range(side)) for side in sides])
+    aligned = _resample(aligned, coarser, [tuple(range(side)) for side in sides])
+    # Once at every voxel: what the spline errs by shrinks as any error does.
+    wanted = without_margin(second, grid.margin)
+    wanted = wanted if between is None else affine_after(between, wanted, sides)
+    own = [range(m, m + side) for side, m in zip(sides, grid.margin)]
+    return wanted - look_up(first, aligned, own)
 
 
 def _resample(values: Tensor, knots: Sequence[tuple[int, ...]], queries: Sequence[tuple[int, ...]]) -> Tensor:

@@ -13,14 +13,13 @@ is float64), because 10 bits of mantissa cannot hold a voxel coordinate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nnunet_ssl.runtime.precision import without_autocast
+from nnunet_ssl.runtime.precision import at_least_float32, without_autocast
 from nnunet_ssl.transforms.interpolation import look_up
 from nnunet_ssl.transforms.random_field import gaussian_field
 
@@ -37,8 +36,8 @@ def sample_displacement(
     batch_size: int,
     spatial_shape: Sequence[int],
     *,
-    smoothness: float,
-    displacement_std: float,
+    sigma: float,
+    std: float,
     generator: torch.Generator | None = None,
     fixed_axes: Sequence[int] = (),
     max_strain: float = MAX_STRAIN,
@@ -58,9 +57,9 @@ def sample_displacement(
     Args:
         batch_size: Number of independent fields B.
         spatial_shape: S, in voxels; two or three axes.
-        smoothness: The Gaussian's sigma as a fraction of the side, axis by axis.
-        displacement_std: Standard deviation of each displacement component as a fraction of the side along it, before
-            fields that could fold are scaled down. 0 gives the identity.
+        sigma: Of the Gaussian, in voxels, the same along every axis.
+        std: Standard deviation of each displacement component, in voxels, before fields that could fold are scaled
+            down. 0 gives the identity.
         generator: Source of the noise, on the device the noise is drawn on. The default generator if absent.
         fixed_axes: Axes along which nothing moves and the field does not change: with the slices' axis of anisotropic
             images, every slice is deformed alike, as nnU-Net's own augmentation does.
@@ -76,17 +75,13 @@ def sample_displacement(
         ValueError: For sizes, axes or strengths out of range.
     """
     margin = [0] * len(spatial_shape) if margin is None else list(margin)
-    _check_sampling_arguments(
-        batch_size, spatial_shape, smoothness, displacement_std, fixed_axes, max_strain, margin, dtype
-    )
+    _check_sampling_arguments(batch_size, spatial_shape, sigma, std, fixed_axes, max_strain, margin, dtype)
     target = torch.device(device if device is not None else generator.device if generator is not None else "cpu")
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    # Infinitely smooth along fixed axes: one noise point serves all voxels.
-    sigmas = [math.inf if axis in fixed_axes else smoothness * side for axis, side in enumerate(spatial_shape)]
-    amplitudes = [0.0 if axis in fixed_axes else displacement_std * side for axis, side in enumerate(spatial_shape)]
+    moving = tuple(axis not in fixed_axes for axis in range(len(spatial_shape)))
     with without_autocast(target):
         field = gaussian_field(
-            batch_size, spatial_shape, margin, sigmas, amplitudes, max_strain, generator, target, work
+            batch_size, spatial_shape, margin, sigma, std, moving, max_strain, generator, target, work
         )
     return field.to(dtype)
 
@@ -125,8 +120,7 @@ def warp(image: Tensor, displacement: Tensor, interpolation: Interpolation = "li
             f"warp: {interpolation} interpolation of {image.dtype} labels would invent labels; "
             f"use interpolation='nearest'."
         )
-    positions = [identity_coordinates(displacement, axis) + displacement[:, axis] for axis in range(dims)]
-    return look_up(image, positions, modes[interpolation])
+    return look_up(image, at_least_float32(displacement), mode=modes[interpolation])
 
 
 def compose_displacements(outer: Tensor, inner: Tensor) -> Tensor:
@@ -179,8 +173,8 @@ def check_displacement(displacement: Tensor) -> None:
 def _check_sampling_arguments(
     batch_size: int,
     spatial_shape: Sequence[int],
-    smoothness: float,
-    displacement_std: float,
+    sigma: float,
+    std: float,
     fixed_axes: Sequence[int],
     max_strain: float,
     margin: Sequence[int],
@@ -191,21 +185,11 @@ def _check_sampling_arguments(
         raise ValueError(
             f"Expected a batch size and 2 or 3 positive sides, got {batch_size} and {tuple(spatial_shape)}."
         )
-    if smoothness <= 0 or displacement_std < 0 or not 0 < max_strain < 1:
-        raise ValueError(
-            f"smoothness must be > 0, displacement_std >= 0 and max_strain in (0, 1), got {smoothness}, "
-            f"{displacement_std} and {max_strain}."
-        )
+    if sigma <= 0 or std < 0 or not 0 < max_strain < 1:
+        raise ValueError(f"sigma must be > 0, std >= 0 and max_strain in (0, 1), got {sigma}, {std} and {max_strain}.")
     if any(axis not in range(dims) for axis in fixed_axes):
         raise ValueError(f"fixed_axes must be among {tuple(range(dims))}, got {tuple(fixed_axes)}.")
     if len(margin) != dims or min(margin) < 0:
         raise ValueError(f"margin must be {dims} numbers of voxels, got {tuple(margin)}.")
     if not dtype.is_floating_point:
         raise ValueError(f"A displacement needs a floating dtype, got {dtype}.")
-
-
-def identity_coordinates(displacement: Tensor, axis: int) -> Tensor:
-    """The voxels' own positions along an axis, in a shape that broadcasts to one component (B, *S)."""
-    side = displacement.shape[axis + 2]
-    dtype = torch.float64 if displacement.dtype == torch.float64 else torch.float32
-    return torch.arange(side, device=displacement.device, dtype=dtype).view(-1, *[1] * (displacement.ndim - axis - 3))

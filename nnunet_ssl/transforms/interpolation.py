@@ -13,33 +13,73 @@ from scipy.interpolate import make_interp_spline
 from torch import Tensor
 from torch.nn import functional
 
+# Whole voxels along an axis; hashable, for what is kept.
+Places = tuple[int, ...] | range
+
 # Their intermediate values stay in a core's cache, and in memory that the process has at hand.
 _QUERIES_AT_A_TIME = 2**15
 
 
-def look_up(image: Tensor, positions: Sequence[Tensor], mode: str = "bilinear") -> Tensor:
-    """Values of an image (B, C, *S) at places in voxels, with the border voxels repeated outside.
+def look_up(
+    image: Tensor, displacement: Tensor, places: Sequence[Places] | None = None, mode: str = "bilinear"
+) -> Tensor:
+    """Values of an image (B, C, *S) at displaced places, with the border voxels repeated outside.
 
     Args:
         image: Of any type for nearest, otherwise a floating type.
-        positions: One tensor (B, *Q) per spatial axis, float32 or float64; 0 is the first voxel's center.
+        displacement: (B, D, *Q), in voxels, float32 or float64.
+        places: From where it leads, per axis; 0 is the first voxel's center. The image's own voxels (Q = S) if absent.
         mode: As for ``torch.nn.functional.grid_sample``: bilinear (trilinear in 3D), nearest or bicubic.
 
     Returns:
         (B, C, *Q), of the image's type.
     """
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (image, *positions))
-    if image.ndim == 5 and image.device.type == "cpu" and mode != "bicubic" and not differentiable:
+    sides, dims = image.shape[2:], image.ndim - 2
+    places = [range(side) for side in sides] if places is None else places
+    differentiable = torch.is_grad_enabled() and (image.requires_grad or displacement.requires_grad)
+    if dims == 3 and image.device.type == "cpu" and mode != "bicubic" and not differentiable:
+        positions = [
+            coordinates(start, 0.0, 1.0, dims - axis - 1, displacement) + displacement[:, axis]
+            for axis, start in enumerate(places)
+        ]
         return _look_up_in_volume(image, positions, mode)
-    work = torch.promote_types(positions[0].dtype, image.dtype) if image.is_floating_point() else positions[0].dtype
-    # An axis of one voxel has nowhere to go; 0 is its center.
-    coordinates = [
-        p * (2.0 / (side - 1)) - 1.0 if side > 1 else torch.zeros_like(p) for p, side in zip(positions, image.shape[2:])
+    work = torch.promote_types(displacement.dtype, image.dtype) if image.is_floating_point() else displacement.dtype
+    # From -1 to 1. An axis of one voxel has nowhere to go; 0 is its center.
+    scales = [2.0 / (side - 1) if side > 1 else 0.0 for side in sides]
+    positions = [
+        torch.add(
+            coordinates(places[axis], (sides[axis] - 1) / 2, scale, dims - axis - 1, displacement),
+            displacement[:, axis],
+            alpha=scale,
+        )
+        for axis, scale in enumerate(scales)
     ]
     # The last spatial axis comes first in the grid. Stacked in front, the coordinates stay planes: faster to read.
-    grid = torch.stack(coordinates[::-1], dim=1).movedim(1, -1).to(work)
+    grid = torch.stack(positions[::-1], dim=1).movedim(1, -1).to(work)
     values = functional.grid_sample(image.to(work), grid, mode=mode, padding_mode="border", align_corners=True)
     return values.to(image.dtype)
+
+
+def coordinates(places: Places, origin: float, scale: float, axes_after: int, like: Tensor) -> Tensor:
+    """(place - origin) * scale for the places of an axis, shaped to broadcast before the axes after it; kept.
+
+    Args:
+        places: Whole voxels.
+        origin: In voxels.
+        scale: Per voxel.
+        axes_after: How many axes follow.
+        like: Whose device the result is on, and whose type it has, float32 or float64.
+    """
+    return _coordinates(places, origin, scale, axes_after, like.dtype, like.device)
+
+
+@lru_cache(maxsize=1024)
+def _coordinates(
+    places: Places, origin: float, scale: float, axes_after: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    # Cast before it becomes a tensor of the device: some know no double precision.
+    values = (np.asarray(places, dtype=np.float64) - origin) * scale
+    return torch.from_numpy(values).to(dtype).to(device).view(-1, *[1] * axes_after)
 
 
 def _look_up_in_volume(image: Tensor, positions: Sequence[Tensor], mode: str) -> Tensor:

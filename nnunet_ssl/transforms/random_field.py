@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Noise points per sigma. The covariance of the field then ripples by 2 exp(-(1.25 pi)^2), less than a millionth.
@@ -25,8 +29,9 @@ def gaussian_field(
     batch_size: int,
     spatial_shape: Sequence[int],
     margin: Sequence[int],
-    sigmas: Sequence[float],
-    amplitudes: Sequence[float],
+    sigma: float,
+    std: float,
+    moving: tuple[bool, ...],
     max_strain: float,
     generator: torch.Generator | None,
     device: torch.device,
@@ -38,33 +43,34 @@ def gaussian_field(
         batch_size: B.
         spatial_shape: S, in voxels.
         margin: Voxels beyond the patch, on both sides of each axis.
-        sigmas: Width of the Gaussian along each axis, in voxels; infinite where the field does not change.
-        amplitudes: Standard deviation of each component, in voxels, before stronger fields are scaled down.
+        sigma: Width of the Gaussian, in voxels.
+        std: Standard deviation of each component, in voxels; stronger fields are scaled down to the bound.
+        moving: Per axis; along others the component is 0, and the field does not change.
         max_strain: Bound on the largest absolute row sum of the field's gradient.
         generator: Draws the noise, on its own device; the default generator of ``device`` if absent.
         device: Where the field is computed.
         dtype: float32 or float64.
     """
     dims = len(spatial_shape)
-    first = [float(-m) for m in margin]
-    last = [float(side - 1 + m) for side, m in zip(spatial_shape, margin)]
-    points = [_noise_positions(*bounds, dtype, device) for bounds in zip(first, last, sigmas)]
+    # Infinitely smooth along fixed axes: one noise point serves all voxels.
+    axes = [
+        _Axis(-m, side - 1 + m, sigma if moves else math.inf, dtype, device)
+        for side, m, moves in zip(spatial_shape, margin, moving)
+    ]
     noise = torch.randn(
-        (batch_size, dims, *(len(p) for p in points)),
+        (batch_size, sum(moving), *(axis.num_noise_points for axis in axes)),
         generator=generator,
         device=device if generator is None else generator.device,
         dtype=dtype,
     ).to(device)
-    for component, amplitude in enumerate(amplitudes):
-        noise[:, component] *= amplitude
-    strain_matrices = [
-        _gaussian_matrix(_strain_positions(low, high, sigma, dtype, device), p, sigma)
-        for low, high, sigma, p in zip(first, last, sigmas, points)
-    ]
-    strain = _largest_row_sum_of_gradient(noise, strain_matrices)
-    noise *= (max_strain / strain.clamp_min(max_strain)).view(batch_size, 1, *[1] * dims)
-    voxels = [torch.arange(low, high + 1, device=device, dtype=dtype) for low, high in zip(first, last)]
-    return apply_per_axis(noise, [_gaussian_matrix(q, p, s)[0] for q, p, s in zip(voxels, points, sigmas)])
+    strain = _largest_row_sum_of_gradient(noise, [axis.at_strain_points() for axis in axes], moving)
+    noise = noise * (max_strain / strain).clamp_max(std).view(batch_size, 1, *[1] * dims)
+    field = apply_per_axis(noise, [axis.at_voxels() for axis in axes])
+    if all(moving):
+        return field
+    components = iter(field.split(1, dim=1))
+    still = field.new_zeros((batch_size, 1, *field.shape[2:]))
+    return torch.cat([next(components) if moves else still for moves in moving], dim=1)
 
 
 def apply_per_axis(field: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -79,34 +85,65 @@ def apply_per_axis(field: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     return field
 
 
-def _noise_positions(first: float, last: float, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+class _Axis(NamedTuple):
+    """An axis from its first to its last voxel; what depends on nothing else is kept."""
+
+    first: int
+    last: int
+    sigma: float
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_noise_points(self) -> int:
+        return len(_noise_positions(self))
+
+    def at_voxels(self) -> Tensor:
+        """Weights (voxels, noise points)."""
+        return _gaussian_matrices(self, None)[0]
+
+    def at_strain_points(self) -> tuple[Tensor, Tensor]:
+        """Weights (strain points, noise points), and their derivative."""
+        length = self.last - self.first
+        return _gaussian_matrices(self, min(length + 1, int(length / self.sigma * _STRAIN_POINTS_PER_SIGMA) + 2))
+
+
+def _noise_positions(axis: _Axis) -> NDArray[np.float64]:
     """Where the noise of one axis lives, in voxels: centered, and reaching beyond the voxels from first to last."""
-    center = (first + last) / 2
-    if math.isinf(sigma):
-        return torch.full((1,), center, dtype=dtype, device=device)
-    spacing = sigma / _NOISE_POINTS_PER_SIGMA
-    count = int(((last - first) / 2 + _KERNEL_RADIUS_IN_SIGMAS * sigma) / spacing) + 1
-    return torch.arange(-count, count + 1, dtype=dtype, device=device) * spacing + center
+    center = (axis.first + axis.last) / 2
+    if math.isinf(axis.sigma):
+        return np.array([center])
+    spacing = axis.sigma / _NOISE_POINTS_PER_SIGMA
+    count = int(((axis.last - axis.first) / 2 + _KERNEL_RADIUS_IN_SIGMAS * axis.sigma) / spacing) + 1
+    return np.arange(-count, count + 1, dtype=np.float64) * spacing + center
 
 
-def _strain_positions(first: float, last: float, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    count = min(int(last - first) + 1, int((last - first) / sigma * _STRAIN_POINTS_PER_SIGMA) + 2)
-    return torch.linspace(first, last, count, dtype=dtype, device=device)
+@lru_cache(maxsize=256)
+def _gaussian_matrices(axis: _Axis, num_queries: int | None) -> tuple[Tensor, Tensor]:
+    """Weights (Q, N) that turn unit white noise into a smooth field of unit variance, and their derivative.
 
-
-def _gaussian_matrix(queries: Tensor, noise_points: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Weights (Q, N) that turn unit white noise into a smooth field of unit variance, and their derivative."""
-    offset = (queries[:, None] - noise_points[None]) / sigma
-    weights = torch.exp(-0.5 * offset**2)
-    weights = weights / weights.norm(dim=1, keepdim=True)
+    Args:
+        axis: With its noise points.
+        num_queries: So many places from the first to the last voxel; every voxel if None.
+    """
+    count = axis.last - axis.first + 1 if num_queries is None else num_queries
+    queries = np.linspace(axis.first, axis.last, count)
+    offset = (queries[:, None] - _noise_positions(axis)[None]) / axis.sigma
+    weights = np.exp(-0.5 * offset**2)
+    weights /= np.linalg.norm(weights, axis=1, keepdims=True)
     # The norm hardly depends on the position (see _NOISE_POINTS_PER_SIGMA), so only the exponent is differentiated.
-    return weights, -offset / sigma * weights
+    first, second = (
+        torch.from_numpy(m).to(axis.dtype).to(axis.device) for m in (weights, -offset / axis.sigma * weights)
+    )
+    return first, second
 
 
-def _largest_row_sum_of_gradient(noise: Tensor, matrices: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _largest_row_sum_of_gradient(
+    noise: Tensor, matrices: Sequence[tuple[Tensor, Tensor]], moving: Sequence[bool]
+) -> Tensor:
     """The strain of each field, (B,): the largest sum of absolute derivatives of a component at a place."""
     row_sums = torch.zeros((), dtype=noise.dtype, device=noise.device)
-    for axis in range(len(matrices)):
+    for axis in (axis for axis, moves in enumerate(moving) if moves):
         per_axis = [derivative if d == axis else value for d, (value, derivative) in enumerate(matrices)]
         row_sums = row_sums + apply_per_axis(noise, per_axis).abs()
     return row_sums.flatten(1).amax(1)

@@ -8,6 +8,7 @@ dropout one by one (Gal and Ghahramani 2016; Yu et al. 2019 for segmentation), a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -70,9 +71,10 @@ def elastic_transforms(case: Case, device: torch.device) -> Functions:
     image = torch.randn(1, 1, *patch)
     labels = torch.randint(0, case.num_labels, (1, 1, *patch)).to(torch.int16)
     on_device = image.to(device), labels.to(device)
-    grid = solver_grid(patch, _SMOOTHNESS)
+    side = math.prod(patch) ** (1 / len(patch))
+    grid = solver_grid(patch, _SMOOTHNESS * side)
     generator = torch.Generator(device).manual_seed(0)
-    strength = {"smoothness": _SMOOTHNESS, "displacement_std": _DISPLACEMENT}
+    strength = {"sigma": _SMOOTHNESS * side, "std": _DISPLACEMENT * side}
     rng = np.random.default_rng(0)
     sides = np.array(patch)
     stock = SpatialTransform(

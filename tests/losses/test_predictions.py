@@ -7,7 +7,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 
-from nnunet_ssl.losses.overlap import SMOOTH, SoftIoULoss, found_classes, soft_iou_loss
+from nnunet_ssl.losses.overlap import SMOOTH, SoftIoULoss, found_classes, soft_iou_loss, tanimoto_loss
 from nnunet_ssl.losses.predictions import downsample_target, likeliest, probabilities
 
 SHAPES = [(6, 5), (4, 3, 5)]
@@ -83,6 +83,48 @@ def test_soft_iou_of_counted_classes_equals_loops():
     assert nothing.item() == 0.0
     (gradient,) = torch.autograd.grad(nothing, p)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tanimoto_equals_numpy_and_is_one_minus_iou_of_hard_predictions(shape):
+    p, q = random_probabilities(shape), random_probabilities(shape, seed=1)
+    mask = torch.rand(2, 1, *shape) > 0.3
+    counted = torch.tensor([[True, False, True], [True, False, False]])
+    a, b, m = (t.flatten(2).numpy() for t in (p, q, mask))
+    overlap, extent = (a * b * m).sum(2), ((a**2 + b**2 - a * b) * m).sum(2)
+    losses = 1 - (overlap + SMOOTH) / (extent + SMOOTH)
+    assert tanimoto_loss(p, q, mask).item() == pytest.approx(losses.mean())
+    by_hand = np.mean([losses[i][counted[i].numpy()].mean() for i in range(2)])
+    assert tanimoto_loss(p, q, mask, counted).item() == pytest.approx(by_hand)
+    first, second = ((t == t.amax(1, keepdim=True)).double() for t in (p, q))
+    assert tanimoto_loss(first, second).item() == pytest.approx(soft_iou_loss(first, second).item())
+
+
+def pushes(loss, structure, piece):
+    """Gradients for the logits of branch 1, in the middle of a structure and of a false piece.
+
+    Both are given by their probabilities in both branches.
+    """
+    z = torch.full((2, 1, 2, 32, 32), 0.0, dtype=torch.float64)
+    z[:, :, 0] = 6.0
+    for branch in range(2):
+        for probability, place in ((structure[branch], np.s_[4:16, 4:16]), (piece[branch], np.s_[22:26, 22:26])):
+            z[(branch, 0, 0, *place)] = -np.log(probability / (1 - probability))
+    first, second = z[0].requires_grad_(), z[1]
+    (gradient,) = torch.autograd.grad(loss(first.softmax(1), second.softmax(1)), first)
+    # What descending does to the structure's channel.
+    return -gradient[0, 1, 8, 8].item(), -gradient[0, 1, 24, 24].item()
+
+
+def test_tanimoto_leaves_alone_what_both_predict_and_brings_together_what_they_do_not():
+    """A false piece of 0.45 beside a structure of 0.9: a soft IoU makes it grow, although both agree on it."""
+    assert pushes(soft_iou_loss, (0.9, 0.9), (0.45, 0.45))[1] > 1e-6, "this tests nothing"
+    assert pushes(tanimoto_loss, (0.9, 0.9), (0.45, 0.45)) == (0.0, 0.0)
+    structure, piece = pushes(tanimoto_loss, (0.7, 0.9), (0.45, 0.45))
+    assert structure > 1e-6
+    assert piece == 0.0
+    assert pushes(tanimoto_loss, (0.9, 0.9), (0.45, 0.2))[1] < -1e-6
+    assert pushes(tanimoto_loss, (0.9, 0.9), (0.2, 0.45))[1] > 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,6 @@ from nnunet_ssl.testing import Bench, kinds, leakage, masks, resuming, steps
 from nnunet_ssl.testing.gradients import terms_train_their_networks, unlabeled_images_matter, untouched
 from nnunet_ssl.testing.tiny import PATCHES, SCENARIOS, step_of
 from nnunet_ssl.testing.whole import train
-from nnunet_ssl.transforms.alignment import inside_mask
 
 SEMI = [t for t in TRAINERS if t.unlabeled_terms]
 SIAMESE = [t for t in TRAINERS if issubclass(t, nnUNetTrainerSupTC)]
@@ -67,8 +66,8 @@ def test_1_what_a_term_does_not_reach_is_told(tiny, term):
 def test_1_gradient_flows_through_both_branches(tiny, branch):
     trainer = tiny.initialized(SIAMESE[0], supervised_fraction=0.0, identity_probability=0.0)
     logits = [torch.randn(2, 3, *tiny.patch, requires_grad=True) for _ in range(2)]
-    u1, u2 = (trainer.fields.draw(logits[0], trainer.generator) for _ in range(2))
-    trainer.consistency(*logits, u1, u2).backward()
+    t1, t2 = (trainer.transforms.draw(logits[0], trainer.generator) for _ in range(2))
+    trainer.consistency(*logits, t1, t2).backward()
     assert logits[branch].grad.abs().max() > 0
 
 
@@ -160,14 +159,14 @@ def test_5_every_network_is_saved(bench, trainer_class):
 def test_6_voxels_outside_the_mask_cannot_change_the_loss(tiny, cls):
     trainer = tiny.initialized(cls, supervised_fraction=0.0, identity_probability=0.0, interpolation="nearest")
     logits_1, logits_2 = torch.randn(2, 2, 3, *tiny.patch)
-    u1, u2 = (trainer.fields.draw(logits_1, trainer.generator) for _ in range(2))
-    masked = ~inside_mask(trainer.fields.align(u1, u2, tiny.patch))
+    t1, t2 = (trainer.transforms.draw(logits_1, trainer.generator) for _ in range(2))
+    masked = ~trainer.transforms.align(t1, t2)[1]
     assert 0 < masked.float().mean() < 0.5
-    plain = trainer.consistency(logits_1, logits_2, u1, u2)
+    plain = trainer.consistency(logits_1, logits_2, t1, t2)
     for value in (100.0, float("nan")):
         changed = torch.where(masked, value, logits_2)
-        assert torch.equal(trainer.consistency(logits_1, changed, u1, u2), plain)
-    touched = trainer.consistency(logits_1, torch.where(masked, logits_2, 100.0), u1, u2)
+        assert torch.equal(trainer.consistency(logits_1, changed, t1, t2), plain)
+    touched = trainer.consistency(logits_1, torch.where(masked, logits_2, 100.0), t1, t2)
     assert not torch.equal(touched, plain), "the mask is the wrong way round"
 
 
@@ -190,8 +189,8 @@ def test_7_confident_predictions_have_finite_loss_and_gradient(tiny, cls, dtype)
     one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, (2, *tiny.patch)), 3).movedim(-1, 1)
     for scale in (1.0, 1e4):
         logits = (one_hot * scale).to(dtype).requires_grad_()
-        u1, u2 = (trainer.fields.draw(logits, trainer.generator) for _ in range(2))
-        loss = trainer.consistency(logits, logits, u1, u2)
+        t1, t2 = (trainer.transforms.draw(logits, trainer.generator) for _ in range(2))
+        loss = trainer.consistency(logits, logits, t1, t2)
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(logits.grad).all()

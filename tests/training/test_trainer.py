@@ -277,9 +277,10 @@ def test_cases_with_an_ignore_label_that_dataset_json_does_not_list(tiny):
 def test_the_strength_of_the_transforms_is_said(tiny):
     trainer = tiny.trainer(nnUNetTrainerSupTC, displacement_std=0.5, smoothness=0.2)
     trainer.on_train_start()
-    assert "voxels (standard deviation per axis; 16.00, 16.00 asked for, less where fields are scaled" in log_of(
-        trainer
-    )
+    said = log_of(trainer)
+    assert "rotation up to 15 degrees" in said
+    assert "voxels (16.00 asked for, less where it could fold)" in said
+    assert re.search(r"A voxel moves by \d\.\d\d voxels on average, by \d\.\d\d of them elastically", said)
 
 
 # ---- how nnU-Net finds the trainers -------------------------------------------------------------------------------

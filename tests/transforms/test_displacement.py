@@ -23,10 +23,17 @@ from nnunet_ssl.transforms.displacement import (
 SHAPES = [(24, 31), (12, 15, 18)]
 
 
+def mean_side(shape, fixed_axes=()):
+    """Geometric mean of the sides along which something moves."""
+    return np.exp(np.mean([np.log(side) for axis, side in enumerate(shape) if axis not in fixed_axes]))
+
+
 def field(shape, *, batch=2, smoothness=0.15, std=0.03, seed=0, dtype=torch.float64, **options):
+    """Strengths relative to the mean side."""
     generator = torch.Generator().manual_seed(seed)
+    side = mean_side(shape, options.get("fixed_axes", ()))
     return sample_displacement(
-        batch, shape, smoothness=smoothness, displacement_std=std, generator=generator, dtype=dtype, **options
+        batch, shape, sigma=smoothness * side, std=std * side, generator=generator, dtype=dtype, **options
     )
 
 
@@ -131,7 +138,7 @@ def test_zero_displacement_is_the_identity(shape, dtype):
     assert torch.equal(compose_displacements(u, u), u)
     torch.testing.assert_close(jacobian_determinant(u), torch.ones_like(u[:, 0]))
     assert inside_mask(u).all()
-    assert not sample_displacement(2, shape, smoothness=0.1, displacement_std=0.0).any()
+    assert not sample_displacement(2, shape, sigma=1.0, std=0.0).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -194,9 +201,9 @@ def test_margin_reaches_beyond_the_patch_and_has_the_same_statistics(shape):
     inner = without_margin(u, margin)
     assert inner.shape[2:] == shape
     assert torch.equal(inner[..., 0], u[(Ellipsis, *[slice(m, -m) for m in margin])][..., 0])
-    for axis, side in enumerate(shape):
+    for axis in range(len(shape)):
         for place in (u[:, axis].flatten(1)[:, 0], inner[:, axis].flatten(1)[:, 0]):
-            assert place.std().item() == pytest.approx(0.004 * side, rel=0.15)
+            assert place.std().item() == pytest.approx(0.004 * mean_side(shape), rel=0.15)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -224,17 +231,18 @@ def test_fields_never_fold_however_strong(shape, std):
 def test_statistics_of_the_field(shape):
     smoothness, std = 0.15, 0.004
     u = field(shape, batch=600, smoothness=smoothness, std=std)
-    for axis, side in enumerate(shape):
+    side = mean_side(shape)
+    distance = 8
+    for axis in range(len(shape)):
         # Also at the corner: no border effect.
         corner = u[:, axis][(slice(None), *[0] * len(shape))]
         assert u[:, axis].std().item() == pytest.approx(std * side, rel=0.05)
         assert corner.std().item() == pytest.approx(std * side, rel=0.15)
-    # White noise smoothed by a Gaussian is correlated like exp(-d^2 / (4 sigma^2)).
-    distance = 8
-    first, second = u[:, 0, 4], u[:, 0, 4 + distance]
-    correlation = (first * second).mean() / (first.std() * second.std())
-    sigma = smoothness * shape[0]
-    assert correlation.item() == pytest.approx(np.exp(-(distance**2) / (4 * sigma**2)), abs=0.08)
+        # White noise smoothed by a Gaussian is correlated like exp(-d^2 / (4 sigma^2)), along every axis alike.
+        first, second = u[:, 0].select(axis + 1, 4), u[:, 0].select(axis + 1, 4 + distance)
+        correlation = (first * second).mean() / (first.std() * second.std())
+        sigma = smoothness * side
+        assert correlation.item() == pytest.approx(np.exp(-(distance**2) / (4 * sigma**2)), abs=0.08)
 
 
 def test_fixed_axes_and_determinism():
@@ -272,15 +280,15 @@ def test_batch_equals_singles():
         (lambda: warp(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 3, 4, 4, 4), "cubic"), r"not one of \['linear'"),
         (lambda: warp(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)), r"\(B, 2, H, W\) or \(B, 3, D, H, W\)"),
         (lambda: invert_displacement(torch.zeros(1, 2, 4, 4, dtype=torch.int64)), r"floating tensor"),
-        (lambda: sample_displacement(1, (8,), smoothness=0.1, displacement_std=0.1), r"2 or 3 positive sides"),
-        (lambda: sample_displacement(1, (8, 8), smoothness=0.0, displacement_std=0.1), r"smoothness must be > 0"),
-        (lambda: sample_displacement(1, (8, 8), smoothness=0.1, displacement_std=0.1, fixed_axes=(2,)), r"fixed_axes"),
+        (lambda: sample_displacement(1, (8,), sigma=1.0, std=0.1), r"2 or 3 positive sides"),
+        (lambda: sample_displacement(1, (8, 8), sigma=0.0, std=0.1), r"sigma must be > 0"),
+        (lambda: sample_displacement(1, (8, 8), sigma=1.0, std=0.1, fixed_axes=(2,)), r"fixed_axes"),
         (
-            lambda: sample_displacement(1, (8, 8), smoothness=0.1, displacement_std=0.1, dtype=torch.int32),
+            lambda: sample_displacement(1, (8, 8), sigma=1.0, std=0.1, dtype=torch.int32),
             r"needs a floating dtype",
         ),
         (
-            lambda: sample_displacement(1, (8, 8), smoothness=0.1, displacement_std=0.1, margin=(1,)),
+            lambda: sample_displacement(1, (8, 8), sigma=1.0, std=0.1, margin=(1,)),
             r"margin must be 2",
         ),
         (lambda: jacobian_determinant(torch.zeros(1, 2, 1, 4)), r"at least 2 voxels"),

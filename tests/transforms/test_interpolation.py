@@ -1,4 +1,4 @@
-"""Knots and splines, against scipy, and look-ups in bulk against PyTorch. test_spatial compares warps to scipy."""
+"""Knots and splines, against scipy, and look-ups in bulk against PyTorch. test_displacement compares warps to scipy."""
 
 from __future__ import annotations
 
@@ -51,19 +51,21 @@ def test_look_ups_in_volumes_are_the_same_with_and_without_gradient(mode, shape,
     ]
     for position, side in zip(positions, shape):
         position[:, 0, 0, :3] = torch.tensor([0, side - 1, side // 2], dtype=dtype)
-    in_bulk = look_up(image, positions, mode)
-    by_torch = look_up(image.clone().requires_grad_(), positions, mode)
+    places = [(0,) * side for side in (4, 5, 10)]
+    leading = torch.stack(positions, 1)
+    in_bulk = look_up(image, leading, places, mode)
+    by_torch = look_up(image.clone().requires_grad_(), leading, places, mode)
     assert by_torch.requires_grad
     assert in_bulk.dtype == by_torch.dtype == dtype
     torch.testing.assert_close(in_bulk, by_torch.detach(), atol=1e-4 if dtype == torch.float32 else 1e-12, rtol=0)
     with torch.no_grad():
-        assert torch.equal(look_up(image.clone().requires_grad_(), positions, mode), in_bulk)
+        assert torch.equal(look_up(image.clone().requires_grad_(), leading, places, mode), in_bulk)
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.bool, torch.int64])
 def test_labels_are_looked_up_in_their_own_type(dtype):
     labels = torch.arange(24).view(1, 1, 2, 3, 4).to(dtype)
-    positions = [torch.tensor(p).view(1, 1, 1, 2) for p in ([1.2, 0.4], [2.4, -9.0], [0.6, 99.0])]
-    found = look_up(labels, positions, "nearest")
+    leading = torch.tensor([[1.2, 0.4], [2.4, -9.0], [0.6, 99.0]]).view(1, 3, 1, 1, 2)
+    found = look_up(labels, leading, [(0,), (0,), (0, 0)], "nearest")
     assert found.dtype == dtype
     assert torch.equal(found, torch.tensor([12 + 8 + 1, 3]).view(1, 1, 1, 1, 2).to(dtype))
