@@ -65,6 +65,17 @@ def test_confidence_is_the_probability_of_what_is_labeled(kind):
     np.testing.assert_allclose(trainer.confidence(outputs), expected, rtol=1e-5)
 
 
+def test_regions_that_are_waited_for_need_not_be_sure(tmp_path):
+    tiny = TinyDataset(tmp_path, PATCHES["2d"], scenario="regions")
+    trainer = tiny.initialized(nnUNetTrainerFixMatch)
+    outputs = outputs_of(tiny)
+    p = expit(abs(outputs[0].numpy()))
+    wait_for(trainer, 1)
+    np.testing.assert_allclose(trainer.confidence(outputs), p[:, :1], rtol=1e-5)
+    trainer.learned.counts[:] = 0.0
+    np.testing.assert_allclose(trainer.confidence(outputs), p.min(1, keepdims=True), rtol=1e-5)
+
+
 def test_hard_labels_fit_one_label_map_and_ignore_nothing(kind):
     trainer = kind.initialized(nnUNetTrainerFixMatch)
     target, outputs = kind.batches(trainer)[0]["target"], outputs_of(kind)
