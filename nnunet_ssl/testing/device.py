@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch._dynamo.utils import get_compilation_metrics
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
 from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.errors import UserError
@@ -98,6 +98,8 @@ def recompilations(cls: type, bench: Bench) -> list[str]:
     """What torch.compile compiles after the first epoch of a training without stages, as FILE:LINE FUNCTION."""
     at_first_end: list[int] = []
     compiled = os.environ.get("nnUNet_compile")
+    # PyTorch keeps the last 64 alone.
+    clear_compilation_metrics()
     with bench.data(device=bench.device) as tiny:
         os.environ["nnUNet_compile"] = "1"
         try:

@@ -20,6 +20,7 @@ from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet.loss import with_ignored_voxels
 from nnunet_ssl.nnunet.trainers_folder import check_found_through_trainers_folder
+from nnunet_ssl.runtime.compilation import compile_per_shape
 from nnunet_ssl.runtime.distributed import mean_over_ranks
 from nnunet_ssl.training.checkpoint import COMPANIONS, random_state, read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.training.hyperparameters import MethodParameters
@@ -33,6 +34,7 @@ from nnunet_ssl.training.step import LossTerm, finish_step
 from nnunet_ssl.training.step_guard import StepGuard
 from nnunet_ssl.training.tools import P
 from nnunet_ssl.training.two_loaders import TwoLoaderTrainer
+from nnunet_ssl.training.warm_up import warm_up
 
 _FINAL = "checkpoint_final.pth"
 
@@ -73,6 +75,8 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
 
     def initialize(self) -> None:
         """Build all networks, optimizer and loss."""
+        if self._do_i_compile():
+            compile_per_shape()
         self.build_networks()
         own_loss = nnUNetTrainer._build_loss(self)
         self.masked_loss = with_ignored_voxels(own_loss, self.has_regions, self.ignore_value)
@@ -110,6 +114,9 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
             write_record(self.output_folder, self.record(), self.current_epoch > 0, self.print_to_log_file)
             if self.uses_unlabeled:
                 self.monitor = Monitor(self.unlabeled_cases, self.unlabeled_patch_size, self.previous_stage)
+        if self._do_i_compile():
+            seconds = warm_up(self)
+            self.print_to_log_file(f"Compiled the networks for the batches of the training in {seconds:.0f} s")
         if self._state_to_restore is not None:
             # Only now: making the loaders has drawn from the generators.
             if not restore_random_state(self._state_to_restore, self.device, self.generator):

@@ -43,8 +43,16 @@ def test_residual_encoder_plans(tmp_path, trainer_class, patch):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_networks_train_alike(tmp_path, trainer_class, monkeypatch):
-    """nnU-Net compiles on CUDA alone; what is traced is the same everywhere, and so is what is saved."""
-    weights = []
+    """nnU-Net compiles on CUDA alone; what is traced is the same everywhere, and so is what is saved.
+
+    Every batch size has a graph of its own, and all are made before the first epoch.
+    """
+    weights, symbolic, at_first_epoch = [], [], []
+
+    def backend(module, inputs):
+        symbolic.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return module.forward
+
     for compiled in (False, True):
         name = "compiled" if compiled else "plain"
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -52,9 +60,16 @@ def test_compiled_networks_train_alike(tmp_path, trainer_class, monkeypatch):
         tiny = TinyDataset(tmp_path / name, PATCHES["2d"])
         with pytest.MonkeyPatch.context() as patch:
             if compiled:
-                patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+                patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
                 patch.setattr(trainer_class, "_do_i_compile", lambda self: True)
             trainer = tiny.trainer(trainer_class, supervised_fraction=0.5)
+            start_epoch = trainer.on_train_epoch_start
+
+            def note_and_start(start_epoch=start_epoch):
+                at_first_epoch.append(len(symbolic))
+                start_epoch()
+
+            trainer.on_train_epoch_start = note_and_start
             trainer.run_training()
         networks = [trainer.network, *(companion.module for companion in trainer.companions.values())]
         assert all(hasattr(network, "_orig_mod") == compiled for network in networks)
@@ -62,6 +77,9 @@ def test_compiled_networks_train_alike(tmp_path, trainer_class, monkeypatch):
         companions = checkpoint["nnunet_ssl"]["companions"].values()
         saved = [checkpoint["network_weights"], *(companion["weights"] for companion in companions)]
         weights.append([item for state in saved for item in state.items()])
+    assert symbolic
+    assert not any(symbolic)
+    assert len(symbolic) == at_first_epoch[trainer.num_epochs]
     assert [name for name, _ in weights[0]] == [name for name, _ in weights[1]]
     for (name, plain), (_, traced) in zip(*weights):
         torch.testing.assert_close(plain, traced, atol=1e-4, rtol=1e-3, msg=name)
