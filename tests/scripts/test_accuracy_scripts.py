@@ -56,6 +56,20 @@ def run(python: Path, script: str, *words: str) -> str:
     return done.stdout
 
 
+def check_teachers(python: Path, out: Path) -> None:
+    """Who could teach DualNet's network: each row counts voxels, and a network teaches itself nothing."""
+    (model,) = out.rglob("nnUNetTrainerDualNet__*__3d_fullres")
+    (supervised,) = out.rglob("nnUNetTrainerSupervised__*__3d_fullres")
+    (fold,) = [folder.name.removeprefix("fold_") for folder in model.glob("fold_*")]
+    (preprocessed,) = (out / "nnUNet_preprocessed").iterdir()
+    target = ("--preprocessed", str(preprocessed), "--model", str(model), "--fold", fold, "--cases", "1")
+    others = ("--others", f"other={supervised}", "--patches", "1", "--out", str(out / "teachers.csv"))
+    printed = run(python, "accuracy/teachers.py", *target, *others)
+    teachers = [line.split(" | ")[0] for line in printed.splitlines() if " | all | any | " in line]
+    assert teachers == ["weak view", "partner", "other", "whole image"]
+    assert len((out / "teachers.csv").read_text().splitlines()) == 1 + 4 * (1 + 3 * len(LABELS))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "dims", "rows"), [
     ("accuracy/jsrt.py", 2, ["Supervised", "SemiTC"]),
@@ -90,6 +104,8 @@ def test_smoke(tmp_path, executables, script, dims, rows):
     (row,) = re.findall(r"validation cases, Dice in percent\n(?:.*\n){3}\| Supervised \| ([\d.]+)", printed)
     assert float(row) == pytest.approx(expected, abs=0.051)
 
+    if dims == 3:
+        check_teachers(python, tmp_path / "out")
     trained = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("checkpoint_final.pth")}
     assert len(trained) == len(rows)
     for log in (tmp_path / "out").rglob("training_log*.txt"):
