@@ -5,10 +5,10 @@ Bai, Chen, Li, Shen, Wang: "Bidirectional copy-paste for semi-supervised medical
     x_1 = labeled inside a box, unlabeled outside;   x_2 = unlabeled inside, labeled outside
     L = loss over annotated voxels + w loss over the others, against the averaged teacher's labels of the whole patch
 
-Departures: nnU-Net's loss with deep supervision, over either part; each pair of images gives both mixtures, each with
-the same box, so that every voxel is learned from once; no largest component of pseudo-labels, which is wrong for parts
-of organs in a patch; the teacher sees the patch without changes of intensity. In stage 1 labeled images are pasted into
-each other, as in the paper's pre-training. The published code chose its checkpoints on test cases.
+Departures: nnU-Net's loss with deep supervision, over either part; each pair of images gives both mixtures, with the
+same box, so that every voxel of a pair is learned from once; no largest component of pseudo-labels, which is wrong for
+parts of organs in a patch; the teacher sees the patch without changes of intensity. In stage 1 labeled images are
+pasted into each other, as in the paper's pre-training. The published code chose its checkpoints on test cases.
 """
 
 from __future__ import annotations
