@@ -19,6 +19,7 @@ VERBS = {
     "configure": "write a plans file with hyper-parameters, or with a smaller network",
     "check": "put trainers to the test that all of this package pass, yours too",
     "train": "train in processes that torchrun starts, on several machines",
+    "validate": "predict validation cases with the mean of several networks",
     "compare": "score trainers on held-out cases, and write tables and a report page",
     "postprocess": "remove small or separate objects and fill holes in predictions",
     "export": "make a model folder of a further network of a training",

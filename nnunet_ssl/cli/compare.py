@@ -1,8 +1,9 @@
 """Compare trainers on the cases they did not train with: tables, a CSV file, JSON, and a report page.
 
 By default the validation predictions that nnUNetv2_train wrote at the end of each training are read. They must come
-from the final checkpoints of the same folds, with the same labeled cases; what differs is named. A test set is compared
-with --predictions and --labels. The first trainer is the reference that the others are compared with.
+from the final checkpoints of the same folds, with the same labeled cases; what differs is named. --predictions adds
+folders with predictions of these cases, such as those of nnunet-ssl validate. A test set is compared with --predictions
+and --labels. The first trainer is the reference that the others are compared with.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the predictions come from checkpoint_best (--val_best), chosen on these very cases; the report says so",
     )  # fmt: skip
     given = parser.add_argument_group("folders of predictions, e.g. of a test set")
-    given.add_argument("--predictions", nargs="+", metavar="NAME=FOLDER", help="the reference first")
+    given.add_argument(
+        "--predictions", nargs="+", metavar="NAME=FOLDER",
+        help="the reference first; with -tr further columns, of the same validation cases",
+    )  # fmt: skip
     given.add_argument("--labels", type=Path, metavar="FOLDER", help="the true label maps")
     given.add_argument(
         "--dataset-json", type=Path, metavar="FILE", help="default: beside the predictions, or above the labels"
@@ -75,10 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _what_to_compare(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
     from nnunet_ssl.errors import UserError
+    from nnunet_ssl.evaluation.averaging import candidates_beside
     from nnunet_ssl.evaluation.candidates import Query, find_trained
     from nnunet_ssl.nnunet.folders import dataset_name, require_variables
 
-    if arguments.predictions:
+    of_trainings = arguments.dataset, arguments.configuration, arguments.folds, arguments.trainers, arguments.plans
+    if arguments.predictions and (arguments.labels is not None or not any(of_trainings)):
         return _given(arguments)
     missing = [
         option
@@ -100,15 +106,19 @@ def _what_to_compare(arguments: argparse.Namespace) -> tuple[str, list[Candidate
     }  # fmt: skip
     unused = [option for option, value in only_given.items() if value is not None]
     if unused:
-        raise UserError(f"{' and '.join(unused)} goes with --predictions; leave it out for trainings.")
+        raise UserError(f"{' and '.join(unused)} goes with --predictions alone; leave it out for trainings.")
     raw, preprocessed, results = require_variables("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     name = dataset_name(arguments.dataset)
     query = Query(
         results / name, preprocessed / name, raw / name, arguments.configuration, arguments.folds, arguments.best
     )
-    return f"{name}, {arguments.configuration}", *find_trained(
-        query, arguments.trainers, arguments.plans or ["nnUNetPlans"]
-    )
+    candidates, reference = find_trained(query, arguments.trainers, arguments.plans or ["nnUNetPlans"])
+    folders = _folders(arguments.predictions or [])
+    twice = [shown for shown in folders if shown in {candidate.name for candidate in candidates}]
+    if twice:
+        raise UserError(f"--predictions {twice[0]}=...: a training has this name already; give another.")
+    candidates += candidates_beside(candidates[0], folders, reference.dataset_json["file_ending"])
+    return f"{name}, {arguments.configuration}", candidates, reference
 
 
 def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Reference]:
@@ -118,15 +128,10 @@ def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Referen
 
     if any((arguments.dataset, arguments.configuration, arguments.folds, arguments.trainers, arguments.plans,
             arguments.best)):  # fmt: skip
-        raise UserError("--predictions names the folders itself; leave -d, -c, -f, -tr, -p and --best out.")
+        raise UserError("--predictions with --labels needs no training; leave -d, -c, -f, -tr, -p and --best out.")
     if arguments.labels is None:
-        raise UserError("--predictions needs --labels FOLDER.")
-    folders: dict[str, Path] = {}
-    for word in arguments.predictions:
-        name, separator, folder = word.partition("=")
-        if not separator or not name or not Path(folder).is_dir() or name in folders:
-            raise UserError(f"--predictions {word!r}: expected NAME=FOLDER, each name once, each folder existing.")
-        folders[name] = Path(folder)
+        raise UserError("--predictions needs --labels FOLDER, or trainings to stand beside (-d, -c, -f, -tr).")
+    folders = _folders(arguments.predictions)
     candidates = [arguments.dataset_json] if arguments.dataset_json else [
         *(folder / "dataset.json" for folder in folders.values()), arguments.labels.resolve().parent / "dataset.json"
     ]  # fmt: skip
@@ -139,3 +144,16 @@ def _given(arguments: argparse.Namespace) -> tuple[str, list[Candidate], Referen
         beside = arguments.labels.resolve().with_name(arguments.labels.resolve().name.replace("labels", "images"))
         images = beside if beside.is_dir() and beside != arguments.labels.resolve() else None
     return str(arguments.labels), *find_given(folders, arguments.labels, dataset_json, images)
+
+
+def _folders(words: list[str]) -> dict[str, Path]:
+    """Names and folders of NAME=FOLDER."""
+    from nnunet_ssl.errors import UserError
+
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, separator, folder = word.partition("=")
+        if not separator or not name or not Path(folder).is_dir() or name in folders:
+            raise UserError(f"--predictions {word!r}: expected NAME=FOLDER, each name once, each folder existing.")
+        folders[name] = Path(folder)
+    return folders

@@ -94,6 +94,36 @@ class Query:
     folds: Sequence[str]
     best: bool = False
 
+    def model(self, trainer: str, plans: str) -> Path:
+        """The folder of a trained model.
+
+        Raises:
+            UserError: Where there is none, naming those there are.
+        """
+        folder = self.results / f"{trainer}__{plans}__{self.configuration}"
+        if not folder.is_dir():
+            known = sorted(p.name for p in self.results.glob("*__*__*")) if self.results.is_dir() else []
+            raise UserError(f"{folder} does not exist; trained models: {', '.join(known) or 'none'}.")
+        return folder
+
+
+def pairs_of(trainers: Sequence[str], plans: Sequence[str]) -> list[tuple[str, str]]:
+    """Every trainer with its plans.
+
+    Args:
+        trainers: Class names.
+        plans: One name for all, or one for each trainer.
+
+    Raises:
+        UserError: Where they do not fit each other, or one pair is there twice.
+    """
+    if len(plans) not in (1, len(trainers)):
+        raise UserError(f"-p has {len(plans)} names for {len(trainers)} trainers; give one, or one for each.")
+    pairs = list(zip(trainers, plans if len(plans) > 1 else list(plans) * len(trainers)))
+    if len(set(pairs)) < len(pairs):
+        raise UserError("The same trainer with the same plans was given twice.")
+    return pairs
+
 
 def find_trained(query: Query, trainers: list[str], plans: Sequence[str]) -> tuple[list[Candidate], Reference]:
     """The validation predictions of trainings, checked to be comparable.
@@ -106,22 +136,12 @@ def find_trained(query: Query, trainers: list[str], plans: Sequence[str]) -> tup
     Raises:
         UserError: Naming what is missing or what differs.
     """
-    if len(plans) not in (1, len(trainers)):
-        raise UserError(f"-p has {len(plans)} names for {len(trainers)} trainers; give one, or one for each.")
-    if "all" in query.folds:
-        raise UserError("Fold all has no held-out cases: it validates on what it trains with. Use other folds.")
-    pairs = list(zip(trainers, plans if len(plans) > 1 else list(plans) * len(trainers)))
-    if len(set(pairs)) < len(pairs):
-        raise UserError("The same trainer with the same plans was given twice.")
+    pairs = pairs_of(trainers, plans)
     splits = read_splits(str(query.preprocessed / "splits_final.json"))
     candidates = []
     for trainer, plan in pairs:
         name = trainer if trainers.count(trainer) == 1 else f"{trainer} ({plan})"
-        model = query.results / f"{trainer}__{plan}__{query.configuration}"
-        if not model.is_dir():
-            known = sorted(p.name for p in query.results.glob("*__*__*")) if query.results.is_dir() else []
-            raise UserError(f"{model} does not exist; trained models: {', '.join(known) or 'none'}.")
-        candidates.append(_trained_candidate(name, model, query, splits))
+        candidates.append(_trained_candidate(name, query.model(trainer, plan), query, splits))
     dataset_json = _common_dataset_json(query, pairs)
     truth = query.preprocessed / "gt_segmentations"
     cases = candidates[0].predictions
@@ -150,7 +170,7 @@ def find_given(
     candidates = []
     for name, folder in predictions.items():
         found = {file.name[: -len(ending)]: file for file in folder.glob(f"*{ending}")}
-        _require_same_cases(f"{name} ({folder})", found, f"the labels ({labels})", truth)
+        require_same_cases(f"{name} ({folder})", found, f"the labels ({labels})", truth)
         files = {case: found[case] for case in truth}
         candidates.append(Candidate(name, files, dict.fromkeys(truth, ""), "given", {}, {}))
     found_images: dict[str, list[Path]] = {}
@@ -165,7 +185,7 @@ def training_details(folder: Path) -> tuple[dict[str, Any], dict[str, list[float
     Args:
         folder: Of one fold.
     """
-    record = _record(folder)
+    record = record_of(folder)
     return _settings(folder, record), _curves(folder / "checkpoint_final.pth")
 
 
@@ -179,19 +199,19 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
     recorded = True
     for fold in query.folds:
         folder = model / f"fold_{fold}"
-        split = _split(splits, fold)
+        split = fold_of(splits, fold)
         if not (folder / "validation" / "summary.json").is_file():
             raise UserError(
                 f"{folder} has no finished validation. Finish the training, or run nnUNetv2_train ... --val for it."
             )
         if not (folder / "checkpoint_final.pth").is_file():
             raise UserError(f"{folder} has no checkpoint_final.pth: only finished trainings are compared.")
-        record = _record(folder)
-        _check_labeled_set(name, fold, folder, record, split)
+        record = record_of(folder)
+        check_labeled_set(name, fold, folder, record, split)
         _check_checkpoint(name, fold, record, query.best)
         found = {file.name[: -len(ending)]: file for file in (folder / "validation").glob(f"*{ending}")}
         expected = dict.fromkeys(split["val"])
-        _require_same_cases(f"{name}, fold {fold}", found, f"fold {fold} of splits_final.json", expected)
+        require_same_cases(f"{name}, fold {fold}", found, f"fold {fold} of splits_final.json", expected)
         twice = sorted(set(found) & set(files))
         if twice:
             raise UserError(f"{twice[0]} is held out in folds {folds[twice[0]]} and {fold}; compare one of them.")
@@ -213,16 +233,29 @@ def _trained_candidate(name: str, model: Path, query: Query, splits: list[dict[s
     return Candidate(name, files, folds, checkpoint, shown, curves, seen)
 
 
-def _split(splits: list[dict[str, Any]], fold: str) -> dict[str, Any]:
+def fold_of(splits: list[dict[str, Any]], fold: str) -> dict[str, Any]:
+    """A fold of splits_final.json.
+
+    Raises:
+        UserError: Where it has no such fold, or one without held-out cases.
+    """
+    if fold == "all":
+        raise UserError("Fold all has no held-out cases: it validates on what it trains with. Use other folds.")
     if not fold.isdecimal() or int(fold) >= len(splits):
         raise UserError(f"splits_final.json has no fold {fold}; it has 0 to {len(splits) - 1}.")
     return splits[int(fold)]
 
 
-def _check_labeled_set(name: str, fold: str, folder: Path, record: dict[str, Any], split: dict[str, Any]) -> None:
-    """Our trainers name the cases they learned from; of others the log says how many."""
+def check_labeled_set(name: str, fold: str, folder: Path, record: dict[str, Any], split: dict[str, Any]) -> None:
+    """Refuse a training that learned from other labels than its fold now has.
+
+    Our trainers name the cases they learned from; of others the log says how many.
+
+    Raises:
+        UserError: Naming what differs.
+    """
     if record:
-        _require_same_cases(
+        require_same_cases(
             f"{name}, fold {fold}, labeled cases at training", dict.fromkeys(record["labeled"]),
             f"fold {fold} of splits_final.json", dict.fromkeys(split["train"]),
         )  # fmt: skip
@@ -251,7 +284,12 @@ def _check_checkpoint(name: str, fold: str, record: dict[str, Any], best: bool) 
         raise UserError(f"{name}, fold {fold} {found}, expected {wanted}: {advice}.")
 
 
-def _require_same_cases(what: str, found: Mapping[str, Any], where: str, expected: Mapping[str, Any]) -> None:
+def require_same_cases(what: str, found: Mapping[str, Any], where: str, expected: Mapping[str, Any]) -> None:
+    """Refuse cases that are missing or too many.
+
+    Raises:
+        UserError: Naming some.
+    """
     for title, cases in (("lacks", set(expected) - set(found)), ("has besides", set(found) - set(expected))):
         if cases:
             named = ", ".join(sorted(cases)[:5])
@@ -275,7 +313,8 @@ def _raw_images(raw: Path, dataset_json: dict[str, Any], cases: Mapping[str, Any
     return {case: [Path(image) for image in files[case]["images"]] for case in cases if case in files}
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path) -> dict[str, Any]:
+    """What a training of this package says about itself in its fold's folder; empty for others."""
     file = folder / RECORD_FILE
     return read_json(file, "") if file.is_file() else {}
 

@@ -81,3 +81,16 @@ def normalized_entropy(log_p: Tensor) -> Tensor:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) in nats, voxel by voxel: the mean over groups; (B, G, K, *S) twice to (B, *S)."""
     return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
+
+
+def tempered_by_doubt(loss: Tensor, doubt: Tensor) -> Tensor:
+    """exp(-doubt) loss + doubt, voxel by voxel: a loss counts less where there is doubt, and doubt costs something.
+
+    With doubt = KL(teacher || student), as in Lu et al., "Semi-supervised medical image segmentation via dual networks"
+    (2025). Gradient flows through both: as a function of the student, the whole is least where it is the teacher.
+
+    Args:
+        loss: Not negative, (B, *S).
+        doubt: Not negative, of the same shape.
+    """
+    return torch.exp(-doubt) * loss + doubt

@@ -58,7 +58,8 @@ def contrastive_loss(
     features: Tensor,
     labels: Tensor,
     reliable: Tensor,
-    num_classes: int,
+    uncertain: Tensor,
+    table: Tensor,
     num_points: int,
     margin: float,
     generator: torch.Generator | None = None,
@@ -66,17 +67,18 @@ def contrastive_loss(
     """Pull uncertain voxels to the prototype of their class, and push prototypes apart to a margin.
 
     With unit features f of uncertain voxels i, and prototypes c (``class_prototypes``): the mean over i of
-    |f_i - c_y(i)|^2, plus the mean over pairs of classes of max(0, margin - |c_j - c_k|)^2, both averaged over groups
-    of exclusive classes. A class without reliable voxels has no prototype and is left out. Gradient flows into the
-    features, through voxels and prototypes alike.
+    w_y(i) |f_i - c_y(i)|^2, plus the mean over pairs of classes of max(0, margin - |c_j - c_k|)^2, both averaged over
+    groups of exclusive classes. A class without reliable voxels has no prototype and is left out. Gradient flows into
+    the features, through voxels and prototypes alike.
 
     After Lu et al., "Semi-supervised medical image segmentation via dual networks" (2025), for any number of classes.
 
     Args:
         features: (B, C, *S), of the network that learns.
-        labels: (B, G, *S), pseudo-labels.
-        reliable: (B, *S), boolean; the other voxels are uncertain.
-        num_classes: K, classes per group.
+        labels: (B, G, *S), true or pseudo-labels.
+        reliable: (B, *S), boolean: voxels that form prototypes.
+        uncertain: (B, *S), boolean: voxels that are pulled; what is neither does not count.
+        table: Weights w of the labels of pulled voxels, (G, K).
         num_points: How many uncertain voxels are drawn at most.
         margin: In units of the unit sphere's radius, at most 2.
         generator: Draws the voxels.
@@ -84,8 +86,8 @@ def contrastive_loss(
     Returns:
         Scalar.
     """
-    prototypes, present = class_prototypes(features, labels, reliable, num_classes)
-    positions, valid = draw_voxels(~reliable, num_points, generator)
+    prototypes, present = class_prototypes(features, labels, reliable, table.shape[1])
+    positions, valid = draw_voxels(uncertain, num_points, generator)
     voxels = features[0, 0].numel()
     batch, place = positions.div(voxels, rounding_mode="floor"), positions % voxels
     points = at_least_float32(features.flatten(2)[batch, :, place])
@@ -94,7 +96,7 @@ def contrastive_loss(
     for group, (centers, exists) in enumerate(zip(prototypes, present)):
         own = labels[:, group].flatten(1)[batch, place]
         pulled = valid & exists[own]
-        distance = (points - centers[own]).square().sum(1)
+        distance = table[group][own] * (points - centers[own]).square().sum(1)
         pulls.append(torch.where(pulled, distance, 0.0).sum() / pulled.sum().clamp_min(1))
         pushes.append(_push_apart(centers, exists, margin))
     return torch.stack(pulls).mean() + torch.stack(pushes).mean()

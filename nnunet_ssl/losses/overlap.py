@@ -78,38 +78,6 @@ def found_classes(probability: Tensor, has_regions: bool, mask: Tensor | None = 
     return (found if mask is None else found & mask).flatten(2).any(2)
 
 
-def soft_dice_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 - mean over channels of 2 sum(p q) / sum(p + q), summed over the batch.
-
-    Args:
-        first: Probabilities (B, K, *S).
-        second: A one-hot map (B, K, *S).
-        mask: (B, 1, *S), boolean; voxels that count.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    overlap, total = first * second, first + second
-    if mask is not None:
-        overlap, total = (torch.where(mask, t, 0.0) for t in (overlap, total))
-    axes = [0, *range(2, first.ndim)]
-    return 1.0 - ((2 * overlap.sum(axes) + SMOOTH) / (total.sum(axes) + SMOOTH)).mean()
-
-
-def foreground_dice_loss(logits: Tensor, target: Tensor, has_regions: bool, ignore_label: int | None) -> Tensor:
-    """``soft_dice_loss`` of a prediction against nnU-Net's target, without the background, as in nnU-Net's Dice loss.
-
-    Args:
-        logits: (B, K, *S).
-        target: At full resolution, see ``predictions.target_maps``.
-        has_regions: Whether channels are overlapping regions.
-        ignore_label: nnU-Net's ignore label, if the data set has one.
-    """
-    truth, mask = target_maps(target, logits.shape[1], has_regions, ignore_label)
-    first = 0 if has_regions else min(1, truth.shape[1] - 1)
-    return soft_dice_loss(probabilities(logits, has_regions)[:, first:], truth[:, first:], mask)
-
-
 def _sums(maps: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
     """The sums (B, K) of maps (B, K, *S) over the voxels that count."""
     # Selected, not multiplied: 0 * inf of an excluded voxel would be NaN.

@@ -51,6 +51,26 @@ def target_maps(
     return maps.scatter_(1, labels, 1.0), mask
 
 
+def grouped_labels(target: Tensor, has_regions: bool, ignore_label: int | None) -> tuple[Tensor, Tensor]:
+    """nnU-Net's targets as labels in groups of exclusive classes, as ``log_probabilities`` has them.
+
+    Args:
+        target: Label map (B, 1, *S) or, with regions, channels (B, R, *S), the ignored voxels being a last one.
+        has_regions: Whether channels are overlapping regions.
+        ignore_label: nnU-Net's ignore label, if the data set has one.
+
+    Returns:
+        Labels (B, G, *S), whole numbers, 0 in ignored voxels, and which voxels are annotated, boolean (B, *S).
+    """
+    if ignore_label is None:
+        labels, annotated = target.long(), torch.ones_like(target[:, 0], dtype=torch.bool)
+    elif has_regions:
+        labels, annotated = target[:, :-1].long(), ~target[:, -1].bool()
+    else:
+        labels, annotated = target.long(), target[:, 0] != ignore_label
+    return torch.where(annotated[:, None], labels, 0), annotated
+
+
 def log_probabilities(logits: Tensor, has_regions: bool, temperature: float = 1.0) -> Tensor:
     """Logarithms of probabilities in groups of exclusive classes, in float32.
 

@@ -4,13 +4,14 @@ Kumari, Singh: "Leveraging fixed and dynamic pseudo-labels for semi-supervised m
 arXiv:2405.07256 (2024).
 
 Departures from the paper: nnU-Net's loss with deep supervision on pseudo-labels too, optimizer and augmentation; any
-number of classes, and regions; crops in 3D are shifted in a random direction per axis, by less where images are hardly
-larger than the patch, and show zeros where they leave the image; a single unlabeled image per batch is mixed with a
-labeled one, whose labels then count inside the box. The summary at hand names neither weight, ramp nor shift: weights
-of 0.2 with a Gaussian ramp (tuned, docs/tuning.md), an eighth of the side. The networks label images before nnU-Net's
-changes of intensity, which the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020). A first
-quarter of the epochs, on labels alone, goes before (tuned as well), and pseudo-labels count once every structure is
-learned.
+number of classes, and regions; of two crops that show a voxel, the dynamic label comes from the one in which it lies
+farther from the border, where the paper takes the shifted crop's; crops in 3D are shifted in a random direction per
+axis, by less where images are hardly larger than the patch, and show zeros where they leave the image; a single
+unlabeled image per batch is mixed with a labeled one, whose labels then count inside the box. The summary at hand names
+neither weight, ramp nor shift: weights of 0.2 with a Gaussian ramp (tuned, docs/tuning.md), an eighth of the side. The
+networks label images before nnU-Net's changes of intensity, which the paper does not make (weak and strong views as in
+FixMatch, Sohn et al. 2020). A first quarter of the epochs, on labels alone, goes before (tuned as well), and
+pseudo-labels count once every structure is learned.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,11 @@ class FDPLParameters(MethodParameters):
         0.125, "distance of the shifted crop; less without room", "fraction of the patch side", minimum=0.0, maximum=1.0
     )
     weak_teacher: bool = parameter(True, "whether images are labeled without intensity augmentation")
-    cutmix: bool = parameter(True, "whether the second network learns from mixtures of two images")
+    cutmix: str = parameter(
+        "second",
+        "which networks learn from mixtures of two images: second, both or none",
+        choices=("second", "both", "none"),
+    )
     cutmix_share: float = parameter(0.5, "part of the patch that comes from the other image", minimum=0.01, maximum=1.0)
     cross_entropy_share: float | None = parameter(
         None, "alpha in alpha CE + (1 - alpha) Dice, the loss on labels; CE + Dice if null", minimum=0.0, maximum=1.0
@@ -85,24 +91,27 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
             return super().step(labeled, None)
         data, target = labeled.images, labeled.target
         margin = self.unlabeled_margin
-        shift = mixing.draw_shift(margin, self.generator)
+        # From the number of the step alone: nothing must be saved, and no draw on the device is waited for.
+        place = self.generator.initial_seed(), self.current_epoch, self._iterations_done_in_epoch
+        shift = mixing.draw_shift(margin, np.random.default_rng(place))
         no_shift = [0] * len(margin)
         center = mixing.shifted_crop(unlabeled.strong, margin, no_shift)
         weak = unlabeled.weak if self.hp.weak_teacher else unlabeled.strong
         to_label = mixing.shifted_crop(weak, margin, no_shift), mixing.shifted_crop(weak, margin, shift)
         boxes, size = None, center.shape[2:]
-        if self.hp.cutmix:
+        if self.hp.cutmix != "none":
             boxes = mixing.cutmix_boxes(len(center), size, self.hp.cutmix_share, self.generator, center.device)
-        mixed = center if boxes is None else mixing.mix(center, mixing.others(center, data), boxes)
+        # What each network learns from; where both learn from mixtures, it is the same one.
+        boxes_of = (boxes if self.hp.cutmix == "both" else None, boxes)
+        seen = [mixing.mixed_with_others(center, data, box) for box in boxes_of]
 
         # The passes with gradient, the labeled batch and the unlabeled one together. They come before those without:
         # autocast would keep the copies of weights that the latter make, and these lead to no gradient.
-        passes = [network(torch.cat([data, images])) for network, images in zip(self.predictors, (center, mixed))]
+        passes = [network(torch.cat([data, images])) for network, images in zip(self.predictors, seen)]
         on_labels, on_images = zip(*(split_outputs(outputs, len(data)) for outputs in passes))
         # A network that has seen the very crop to label already needs no further pass of it.
-        known = [None if self.hp.weak_teacher else outputs for outputs in on_images]
-        if boxes is not None:
-            known[1] = None
+        is_known = [box is None and not self.hp.weak_teacher for box in boxes_of]
+        known = [outputs if there else None for outputs, there in zip(on_images, is_known)]
         made = [self.pseudo_labels(n, k, to_label, shift, target) for n, k in zip(self.predictors, known)]
         fixed, dynamic = zip(*made)
         self.note("agreement", (fixed[0] == fixed[1]).float().mean())
@@ -112,15 +121,15 @@ class nnUNetTrainerFDPL(SemiSupervisedTrainer[FDPLParameters]):
         for name, labels in (("fixed", fixed), ("dynamic", dynamic)):
             if self.weight(name) == 0:
                 continue
-            for_second = labels[0] if boxes is None else mixing.mix(labels[0], mixing.others(labels[0], target), boxes)
-            losses[name] = self.pseudo_label_loss(on_images[0], labels[1])
-            losses[f"{name}_partner"] = self.pseudo_label_loss(on_images[1], for_second)
+            for student, term in enumerate((name, f"{name}_partner")):
+                pseudo = mixing.mixed_with_others(labels[1 - student], target, boxes_of[student])
+                losses[term] = self.pseudo_label_loss(on_images[student], pseudo)
         return Step(losses, (on_labels, target))
 
     def view(self, images: Tensor, generator: torch.Generator) -> View:
         """Both networks' labels of the center crop, where they disagree, and the first one's dynamic labels."""
         margin = self.unlabeled_margin
-        shift = mixing.draw_shift(margin, generator)
+        shift = mixing.draw_shift(margin, np.random.default_rng(generator.initial_seed()))
         center = mixing.shifted_crop(images, margin, [0] * len(margin))
         first, second = (self.label_map(quiet_pass(network, center)) for network in self.predictors)
         temporary = self.label_map(quiet_pass(self.network, mixing.shifted_crop(images, margin, shift)))

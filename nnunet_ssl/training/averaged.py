@@ -15,7 +15,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.training.configured import ConfiguredTrainer
 
 # The average's name while training, and that of the trained weights in a checkpoint, whose network is the average.
-_AVERAGE, _TRAINED = "average", "unaveraged"
+_AVERAGE, UNAVERAGED = "average", "unaveraged"
 
 
 class AveragedTrainer(ConfiguredTrainer):
@@ -45,7 +45,7 @@ class AveragedTrainer(ConfiguredTrainer):
 
     def companion_states(self) -> dict[str, Any]:
         """What a checkpoint keeps of the companions; called with ``weights_that_predict``."""
-        return {_TRAINED if name == _AVERAGE else name: c.state() for name, c in self.companions.items()}
+        return {UNAVERAGED if name == _AVERAGE else name: c.state() for name, c in self.companions.items()}
 
     def restore_companions(self, states: dict[str, Any]) -> None:
         """Go on from a checkpoint whose network is loaded already.
@@ -53,7 +53,7 @@ class AveragedTrainer(ConfiguredTrainer):
         Raises:
             UserError: Where the checkpoint has others.
         """
-        names = {_TRAINED if name == _AVERAGE else name: name for name in self.companions}
+        names = {UNAVERAGED if name == _AVERAGE else name: name for name in self.companions}
         if set(names) != set(states):
             raise UserError(
                 f"The checkpoint holds the further networks {sorted(states) or 'none'}, this training has "

@@ -9,7 +9,7 @@ _OF_METHODS = {
     ),
     "DualNet": (
         *("pseudo_label_weight", "consistency_weight", "uncertainty_weight", "contrastive_weight", "weak_teacher"),
-        *("reliable_fraction", "temperature", "contrastive_points", "contrastive_margin"),
+        *("reliable_fraction", "contrastive_points", "contrastive_margin"),
     ),
     "FDPL": (
         *("fixed_weight", "dynamic_weight", "shift", "weak_teacher", "cutmix", "cutmix_share", "cross_entropy_share"),

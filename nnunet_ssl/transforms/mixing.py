@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +29,14 @@ def room_for_shift(
     return tuple(map(min, wanted, room))
 
 
-def draw_shift(margin: Sequence[int], generator: torch.Generator | None = None) -> tuple[int, ...]:
-    """One of the diagonal directions: by the margin or by minus the margin along each axis, in voxels."""
-    device = None if generator is None else generator.device
-    signs = torch.randint(2, (len(margin),), generator=generator, device=device).tolist()
+def draw_shift(margin: Sequence[int], generator: np.random.Generator) -> tuple[int, ...]:
+    """One of the diagonal directions: by the margin or by minus the margin along each axis, in voxels.
+
+    Args:
+        margin: In voxels per axis.
+        generator: Numpy's: crops are cut by numbers that the host must know, and a draw on a GPU would be waited for.
+    """
+    signs = generator.integers(2, size=len(margin))
     return tuple(m if sign else -m for m, sign in zip(margin, signs))
 
 
@@ -56,7 +62,11 @@ def shifted_crop(image: Tensor, margin: Sequence[int], shift: Sequence[int]) -> 
 
 
 def compose_pseudo_labels(fixed: Tensor, temporary: Tensor, shift: Sequence[int]) -> Tensor:
-    """COM: pseudo-labels of a shifted crop where it overlaps the center crop, and the center crop's own elsewhere.
+    """COM: each voxel's pseudo-label from that of two crops in which it lies farther from the border.
+
+    The nearer the border, the less of its surroundings a network has seen when it labels a voxel. Along axes that are
+    not shifted both crops have the same border, which does not count. Where both are as far, and where the shifted crop
+    does not reach, the center crop's label stays.
 
     Args:
         fixed: Pseudo-labels of the center crop, (B, C, *S).
@@ -65,16 +75,37 @@ def compose_pseudo_labels(fixed: Tensor, temporary: Tensor, shift: Sequence[int]
 
     Returns:
         The dynamic pseudo-labels in the center crop's frame, (B, C, *S): its voxel q is the temporary label at
-        q - shift where that exists, and the fixed label at q elsewhere.
+        q - shift or the fixed label at q.
     """
-    composed = fixed.clone()
-    target, source = composed, temporary
-    for axis, offset in enumerate(shift, start=2):
-        length = max(fixed.shape[axis] - abs(offset), 0)
-        target = target.narrow(axis, min(max(offset, 0), fixed.shape[axis]), length)
-        source = source.narrow(axis, min(max(-offset, 0), fixed.shape[axis]), length)
-    target.copy_(source)
-    return composed
+    moved = [(axis, offset) for axis, offset in enumerate(shift) if offset]
+    if not moved:
+        return fixed
+    shape = fixed.shape[2:]
+    own, other = (
+        _depth(shape, {axis: offset * is_shifted for axis, offset in moved}, fixed.device) for is_shifted in (0, 1)
+    )
+    in_place = temporary.roll([offset for _, offset in moved], [axis + 2 for axis, _ in moved])
+    # What the roll has brought around the edge lies outside the shifted crop, at a negative depth.
+    return torch.where(other > own, in_place, fixed)
+
+
+def _depth(shape: Sequence[int], offsets: Mapping[int, int], device: torch.device) -> Tensor:
+    """How many voxels lie between each voxel and the nearest face of a crop, along some axes; below 0 outside.
+
+    Args:
+        shape: S, of the center crop, whose voxels are asked about.
+        offsets: By axis, how far the crop lies off the center crop.
+        device: Where to put them.
+
+    Returns:
+        Whole numbers that broadcast to S.
+    """
+    depths = []
+    for axis, offset in offsets.items():
+        place = torch.arange(shape[axis], device=device) - offset
+        along = torch.minimum(place, shape[axis] - 1 - place)
+        depths.append(along.view([-1 if a == axis else 1 for a in range(len(shape))]))
+    return functools.reduce(torch.minimum, depths)
 
 
 def cutmix_boxes(

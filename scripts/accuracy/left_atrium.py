@@ -23,10 +23,12 @@ ROWS = {
     **{
         f"DualNet-{term}": Variant(f"DualNet without {term}", "DualNet", (f"DualNet.{term}_weight=0",))
         for term in nnUNetTrainerDualNet.unlabeled_terms
+        if not term.endswith("_partner")
     },
     "FDPL-fixed-only": Variant("FDPL, fixed only", "FDPL", ("FDPL.dynamic_weight=0",)),
     "FDPL-dynamic-only": Variant("FDPL, dynamic only", "FDPL", ("FDPL.fixed_weight=0",)),
-    "FDPL-cutmix": Variant("FDPL without CutMix", "FDPL", ("FDPL.cutmix=false",)),
+    "FDPL-cutmix": Variant("FDPL without CutMix", "FDPL", ("FDPL.cutmix=none",)),
+    "FDPL-cutmix-both": Variant("FDPL, CutMix for both", "FDPL", ("FDPL.cutmix=both",)),
 }
 PAPER = {
     "labeled": ["8", "16"],

@@ -43,7 +43,7 @@ def main() -> None:
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = contrastive_loss(features, labels, reliable, CLASSES, 64, MARGIN, generator)
+        loss = contrastive_loss(features, labels, reliable, ~reliable, torch.ones(1, CLASSES), 64, MARGIN, generator)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

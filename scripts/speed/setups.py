@@ -187,8 +187,6 @@ def make_step(
     else:
         trainer.dataloader_unlabeled = iter(lambda: unlabeled, None) if trainer.uses_unlabeled else None
         trainer.dataloader_train = iter(lambda: labeled, None)
-    if hasattr(trainer, "choose_teacher"):
-        fix_roles(trainer)
     return trainer, lambda: trainer.train_step(labeled)
 
 
@@ -197,17 +195,6 @@ def autocast_of(trainer: Any) -> contextlib.AbstractContextManager[Any]:
     if hasattr(trainer, "autocast"):
         return trainer.autocast()
     return torch.autocast("cuda") if trainer.device.type == "cuda" else contextlib.nullcontext()
-
-
-def fix_roles(trainer: Any) -> None:
-    """Let DualNet ask which network teaches, as ever, but keep to one answer: its floor then has the same roles."""
-    choose = trainer.choose_teacher
-
-    def always_the_first(*arguments: Any) -> int:
-        choose(*arguments)
-        return 0
-
-    trainer.choose_teacher = always_the_first
 
 
 def output_shapes(trainer: nnUNetTrainer, case: Case) -> list[tuple[int, ...]]:

@@ -28,9 +28,9 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
     on the others (of their mean), backward, clipping, optimizer.
 
     Supervised needs one pass of the labeled batch; SupTC, SemiTC and SemiTC+ one of two versions of everything.
-    DualNet's student learns from everything; its teacher learns from the labeled batch and labels the unlabeled one.
-    FDPL's networks learn from everything, with nnU-Net's loss on pseudo-labels too, and label two crops of unlabeled
-    images. In stage 1 every network learns from a whole batch of labels.
+    DualNet's networks learn from everything and label the unlabeled images. FDPL's learn from everything, with
+    nnU-Net's loss on pseudo-labels too, and label two crops of unlabeled images. In stage 1 every network learns from a
+    whole batch of labels.
     """
     if not getattr(trainer, "in_second_stage", True):
         num_labeled, num_unlabeled = num_labeled + num_unlabeled, 0
@@ -47,8 +47,8 @@ def make_floor(trainer: Any, case: Case, num_labeled: int, num_unlabeled: int) -
     elif not num_unlabeled:
         learning = [(network, labeled, num_labeled) for network in networks]
     elif isinstance(trainer, nnUNetTrainerDualNet):
-        learning = [(networks[0], labeled, num_labeled), (networks[1], both, num_labeled)]
-        labeling = [(networks[0], unlabeled)]
+        learning = [(network, both, num_labeled) for network in networks]
+        labeling = [(network, unlabeled) for network in networks]
     elif isinstance(trainer, nnUNetTrainerFDPL):
         learning = [(network, both, len(both)) for network in networks]
         # Where images leave no room for a shift, both crops are one.

@@ -95,6 +95,75 @@ def test_stock_nnunet_predicts_with_the_exported_partner(tiny, capsys, cls):
     assert torch.load(target / "fold_0" / "checkpoint_final.pth", weights_only=False)["trainer_name"] == "nnUNetTrainer"
 
 
+def logits_of(model: Path, folds: tuple[int, ...], data: torch.Tensor) -> torch.Tensor:
+    """By stock nnU-Net, with what nnUNetv2_predict does of itself."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), folds, "checkpoint_final.pth")
+    return predictor.predict_logits_from_preprocessed_data(data)
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+def test_stock_nnunet_averages_two_networks_that_are_alike_as_folds_of_one_folder(tiny, capsys, folds):
+    splits = json.loads((tiny.base / "splits_final.json").read_text())
+    (tiny.base / "splits_final.json").write_text(json.dumps(splits * folds))
+    for fold in range(folds):
+        trainer = tiny.trainer(nnUNetTrainerFDPL, fold=fold, num_epochs=1, seed=fold)
+        trainer.run_training()
+    numbers = [str(fold) for fold in range(folds)]
+    capsys.readouterr()
+    assert export(tiny, "-f", *numbers, "--network", "both", trainer="nnUNetTrainerFDPL") == 0
+    told = capsys.readouterr().out
+    model = Path(trainer.output_folder).parents[0]
+    both, partner = (model.with_name(model.name.replace("FDPL", f"FDPL{name}")) for name in ("Both", "Partner"))
+    together = tuple(range(2 * folds))
+    assert str(both) in told
+    assert f"-tr nnUNetTrainerFDPLBoth -f {' '.join(map(str, together))} " in told
+    assert not partner.exists()
+    assert export(tiny, "-f", *numbers, trainer="nnUNetTrainerFDPL") == 0
+    data = torch.randn(1, 1, *[side + 9 for side in tiny.patch])
+    single = [logits_of(folder, (fold,), data) for fold in range(folds) for folder in (model, partner)]
+    assert torch.equal(logits_of(both, together, data), sum(single[1:], single[0].clone()) / len(single))
+    assert not torch.equal(single[0], single[1])
+    # A folder of both predicts alone: nothing of the training goes along.
+    checkpoint = torch.load(both / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert "optimizer_state" not in checkpoint
+    assert "nnunet_ssl" not in checkpoint
+
+
+def test_the_weights_behind_an_average_are_no_further_network_to_average(tiny, capsys):
+    model = None
+    for cls in (nnUNetTrainerFDPL, nnUNetTrainerSupervised):
+        trainer = tiny.trainer(cls, num_epochs=1, averaged_decay=0.5)
+        trainer.run_training()
+        model = model or Path(trainer.output_folder).parents[0]
+    assert export(tiny, "--network", "both", trainer="nnUNetTrainerFDPL") == 0
+    both = torch.load(
+        model.with_name(model.name.replace("FDPL", "FDPLBoth")) / "fold_1" / "checkpoint_final.pth", weights_only=False
+    )
+    whole = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    partner = whole["nnunet_ssl"]["companions"]["partner"]["weights"]
+    assert all(torch.equal(value, partner[name]) for name, value in both["network_weights"].items())
+    assert export(tiny, "--network", "both", trainer="nnUNetTrainerSupervised") == 2
+    assert "holds one network only" in capsys.readouterr().err
+
+
+def test_networks_that_are_not_alike_are_averaged_by_the_commands_that_are_printed(trained, capsys):
+    tiny, trainer = trained
+    capsys.readouterr()
+    assert export(tiny, "--network", "both") == 0
+    told = capsys.readouterr().out.splitlines()
+    model = Path(trainer.output_folder).parents[0]
+    assert not model.with_name(model.name.replace("DualNet", "DualNetBoth")).exists()
+    assert model.with_name(model.name.replace("DualNet", "DualNetPartner")).is_dir()
+    same = "nnUNetv2_predict -d Dataset900_Tiny -c 2d -p nnUNetPlans -tr nnUNetTrainerDualNet"
+    rest = "-f 0 -chk checkpoint_final.pth -i IN -o OUT"
+    assert told[1:] == [
+        f"{same} {rest}_1 --save_probabilities",
+        f"{same}Partner {rest}_2 --save_probabilities",
+        "nnUNetv2_ensemble -i OUT_1 OUT_2 -o OUT",
+    ]
+
+
 def test_export_refuses_what_it_cannot_do(trained, capsys):
     tiny, trainer = trained
     assert export(tiny, "-f", "0", "1") == 2

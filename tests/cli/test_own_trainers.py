@@ -102,7 +102,7 @@ def test_a_trainer_from_another_folder_trains_with_plans_that_all_share(mine, ti
     assert record["hyperparameters"]["agreement_weight"] == 0.3
     assert tiny.trainer(TRAINERS[2]).hp.consistency_weight == 0.5
     # By name alone, as for the trainers of this package.
-    assert tiny.trainer(cls, agreement_weight=0.2, cutmix=False).hp.agreement_weight == 0.2
+    assert tiny.trainer(cls, agreement_weight=0.2, cutmix="none").hp.agreement_weight == 0.2
 
 
 # ---- trainers -----------------------------------------------------------------------------------------------------
@@ -164,18 +164,18 @@ def configure(*options: str) -> int:
 
 
 def test_configure_writes_blocks(mine, preprocessed, capsys):
-    several = ("SupTC.interpolation=nearest", "FDPL.cutmix=false", "Mirror.agreement_weight=0.3")
+    several = ("SupTC.interpolation=nearest", "FDPL.cutmix=none", "Mirror.agreement_weight=0.3")
     assert configure("--set", "num_epochs=20", "--set", *several, "--set", "Mirror.seed=4") == 0
     assert json.loads((preprocessed / "Mine.json").read_text())["ssl"] == {
         "num_epochs": 20,
         "SupTC": {"smoothness": 0.2, "interpolation": "nearest"},
-        "FDPL": {"cutmix": False},
+        "FDPL": {"cutmix": "none"},
         "Mirror": {"agreement_weight": 0.3, "seed": 4},
     }
     assert not capsys.readouterr().err
-    assert configure("--overwrite", "--set", 'DualNet={"temperature": 0.7}', "DualNet.weak_teacher=false") == 0
+    assert configure("--overwrite", "--set", 'DualNet={"contrastive_margin": 0.7}', "DualNet.weak_teacher=false") == 0
     written = json.loads((preprocessed / "Mine.json").read_text())["ssl"]
-    assert written["DualNet"] == {"temperature": 0.7, "weak_teacher": False}
+    assert written["DualNet"] == {"contrastive_margin": 0.7, "weak_teacher": False}
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from nnunet_ssl.losses.agreement import (
     normalized_entropy,
     pseudo_label_cross_entropy,
     squared_distance,
+    tempered_by_doubt,
     upper_threshold,
 )
-from nnunet_ssl.losses.overlap import soft_dice_loss
-from nnunet_ssl.losses.predictions import log_probabilities, target_maps
+from nnunet_ssl.losses.predictions import grouped_labels, log_probabilities, target_maps
 
 SHAPES = [(5, 7), (3, 4, 5)]
 REGIONS = [False, True]
@@ -122,24 +122,6 @@ def test_masked_mean_of_nothing_is_zero_without_gradient():
     assert masked_mean(values.detach(), torch.tensor([True, False, True])).item() == 2
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_soft_dice_equals_loops(shape):
-    p = softmax(logits_of(shape).numpy(), axis=1)
-    truth = np.random.default_rng(0).integers(0, 2, p.shape).astype(float)
-    mask = np.random.default_rng(1).random((2, 1, *shape)) > 0.3
-    dice = []
-    for k in range(p.shape[1]):
-        overlap = total = 0.0
-        for b in range(2):
-            for place in np.ndindex(*shape):
-                if mask[(b, 0, *place)]:
-                    overlap += p[(b, k, *place)] * truth[(b, k, *place)]
-                    total += p[(b, k, *place)] + truth[(b, k, *place)]
-        dice.append((2 * overlap + 1) / (total + 1))
-    ours = soft_dice_loss(*(torch.from_numpy(a) for a in (p, truth, mask)))
-    assert ours.item() == pytest.approx(1 - np.mean(dice))
-
-
 def test_target_maps_of_labels_and_regions_with_ignored_voxels():
     labels = torch.tensor([[[[0, 1], [2, 3]]]])
     maps, mask = target_maps(labels, 3, has_regions=False, ignore_label=3)
@@ -151,6 +133,18 @@ def test_target_maps_of_labels_and_regions_with_ignored_voxels():
     assert maps.shape == (1, 2, 1, 2)
     assert mask[0, 0].tolist() == [[True, False]]
     assert target_maps(regions, 3, has_regions=True, ignore_label=None)[1] is None
+
+
+def test_grouped_labels_are_those_of_the_target_maps():
+    """Of classes and regions, with ignored voxels and without."""
+    labels = torch.randint(0, 4, (2, 1, 5, 4))
+    regions = torch.randint(0, 2, (2, 3, 5, 4))
+    for target, has_regions, ignore in ((labels, False, 3), (labels, False, None), (regions, True, 9)):
+        found, annotated = grouped_labels(target, has_regions, ignore)
+        maps, mask = target_maps(target, 2 if has_regions else 4, has_regions, ignore)
+        wanted = maps.long() if has_regions else maps.argmax(1, keepdim=True)
+        assert torch.equal(annotated, torch.ones_like(annotated) if mask is None else mask[:, 0])
+        assert torch.equal(found, torch.where(annotated[:, None], wanted, 0))
 
 
 EXTREME = {
@@ -186,3 +180,48 @@ def test_extreme_logits_give_finite_values_and_gradients(dtype, name, channels, 
 def test_log_softmax_agrees_with_scipy_where_probabilities_underflow():
     z = torch.tensor([[500.0, -500.0, 0.0]]).view(1, 3, 1, 1)
     np.testing.assert_allclose(log_probabilities(z, False)[0, 0, :, 0, 0], log_softmax([500.0, -500.0, 0.0]))
+
+
+# Student's and teacher's probability of the class that the teacher takes for right, and the weight exp(-KL(q || p)).
+DOUBT = [
+    (0.9, 0.9, 1.00), (0.9, 0.99, 0.93), (0.5, 0.99, 0.53), (0.5, 0.9, 0.69), (0.1, 0.99, 0.11), (0.9, 0.6, 0.73),
+    (0.2, 0.9, 0.32), (0.99, 0.9, 0.87),
+]  # fmt: skip
+
+
+def pair(first: float) -> torch.Tensor:
+    """Logarithms of the probabilities of two classes at one voxel, (1, 1, 2, 1)."""
+    return torch.tensor([first, 1 - first], dtype=torch.float64).log().view(1, 1, 2, 1)
+
+
+@pytest.mark.parametrize(("student", "teacher", "weight"), DOUBT)
+def test_doubt_is_the_divergence_of_the_student_from_the_teacher(student, teacher, weight):
+    doubt = kl_divergence(pair(teacher), pair(student))
+    assert torch.exp(-doubt).item() == pytest.approx(weight, abs=0.006)
+    with_loss, without = (tempered_by_doubt(torch.full_like(doubt, loss), doubt) for loss in (1.0, 0.0))
+    assert (with_loss - without).item() == pytest.approx(weight, abs=0.006)
+    assert without.item() == pytest.approx(doubt.item())
+
+
+def test_a_sure_teacher_weighs_more_the_nearer_the_student_is():
+    weights = [torch.exp(-kl_divergence(pair(0.99), pair(p))).item() for p in (0.05, 0.2, 0.5, 0.8, 0.95)]
+    assert weights == sorted(weights)
+    # Beside one who is not sure, with a student who is.
+    sure, unsure = (torch.exp(-kl_divergence(pair(q), pair(0.95))).item() for q in (0.99, 0.6))
+    assert sure > unsure
+
+
+@pytest.mark.parametrize("start", [0.02, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("teacher", [0.6, 0.9, 0.999])
+def test_doubt_does_not_keep_a_student_from_the_teachers_label(start, teacher):
+    """Gradient steps on one voxel's logit lead to the right answer, never away from it."""
+    logit = torch.tensor(np.log(start / (1 - start)), requires_grad=True)
+    values = []
+    for _ in range(400):
+        log_p = torch.stack([logit, torch.zeros_like(logit)]).log_softmax(0).view(1, 1, 2, 1)
+        loss = tempered_by_doubt(-log_p[:, 0, 0], kl_divergence(pair(teacher), log_p)).sum()
+        (gradient,) = torch.autograd.grad(loss, logit)
+        logit = (logit - 0.5 * gradient).detach().requires_grad_()
+        values.append(torch.sigmoid(logit).item())
+    assert values[-1] > max(0.6, teacher - 0.03)
+    assert values[0] > start or start >= teacher

@@ -9,12 +9,14 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from nnunet_ssl.losses.overlap import soft_dice_loss
+from nnunet_ssl.losses.contrastive import contrastive_loss
 from nnunet_ssl.losses.predictions import log_probabilities
+from nnunet_ssl.losses.roles import teaching_shares
 from nnunet_ssl.methods import nnUNetTrainerDualNet
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, step_of
 
 TERMS = nnUNetTrainerDualNet.unlabeled_terms
+KINDS = [term for term in TERMS if not term.endswith("_partner")]
 
 
 def initialized(tiny: TinyDataset, **ssl) -> nnUNetTrainerDualNet:
@@ -26,68 +28,81 @@ def has_gradient(network: torch.nn.Module) -> bool:
     return any(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
-@pytest.mark.parametrize("teacher", [0, 1])
+# Running counts of two structures: the plan's network has Dice 0.8 and 0.6, the partner 0.9 and 0.4.
+COUNTS = np.array([[[40, 30], [50, 50], [50, 50]], [[45, 20], [50, 50], [50, 50]]], dtype=float)
+# What the partner teaches, and what the network does: others' errors beside one's own, each with 0.01 more.
+TAUGHT_BY = np.array([[0.11 / 0.32, 0.61 / 1.02], [0.21 / 0.32, 0.41 / 1.02]])
+
+
 @pytest.mark.parametrize("weak", [True, False])
-def test_terms_equal_an_independent_computation(tiny, teacher, weak):
+def test_terms_equal_an_independent_computation(tiny, weak):
     trainer = initialized(tiny, contrastive_weight=0.0, weak_teacher=weak)
-    trainer.choose_teacher = lambda logits, target: teacher
+    trainer.learned.counts = COUNTS.copy()
     labeled, unlabeled = tiny.batches(trainer)
     terms = step_of(trainer, labeled, unlabeled).losses
-    student_network, teacher_network = (trainer.predictors[i] for i in (1 - teacher, teacher))
+    shown = labeled["data"], unlabeled["strong"], unlabeled["weak" if weak else "strong"]
     with torch.no_grad():
-        z, w, z_l, w_l = (
-            network(images)[0].numpy().astype(np.float64)
-            for network, images in (
-                (student_network, unlabeled["strong"]),
-                (teacher_network, unlabeled["weak" if weak else "strong"]),
-                (student_network, labeled["data"]),
-                (teacher_network, labeled["data"]),
-            )
-        )
-    p, q, q_sharp, p_l, q_l = (softmax(a, axis=1) for a in (z, w, w / 0.5, z_l, w_l))
-    entropies = [-(a * np.log(a)).sum(1) for a in (p, q)]
-    reliable = np.logical_and(*[h <= np.quantile(h, 0.8, method="inverted_cdf") for h in entropies])
-    labels = q.argmax(1)
-    cross_entropy = -np.log(np.take_along_axis(p, labels[:, None], 1)[:, 0])
-    divergence = (p * np.log(p / q_sharp)).sum(1)
-    cosines = [
-        1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in ((p, q), (p_l, q_l))
-    ]
-    expected = {
-        "pseudo_label": cross_entropy[reliable].mean(),
-        "consistency": np.concatenate([c.ravel() for c in cosines]).mean(),
-        "uncertainty": (np.exp(-divergence) * cross_entropy).mean() + divergence.mean(),
-    }
-    assert 0.5 < reliable.mean() < 0.8
-    for name, value in expected.items():
-        assert terms[name].item() == pytest.approx(value, rel=1e-4), name
-    assert trainer._statistics["network_teaches"] == (teacher == 0)
-    assert trainer._statistics["reliable"].item() == pytest.approx(reliable.mean(), abs=0.01)
+        made = [[softmax(n(x)[0].double().numpy(), axis=1) for x in shown] for n in trainer.predictors]
+    found = []
+    for student, name in enumerate(("", "_partner")):
+        (p_l, p, _), (q_l, _, q) = made[student], made[1 - student]
+        taught = TAUGHT_BY[1 - student]
+        weight = np.array([taught.mean(), *taught])[q.argmax(1)]
+        entropies = [-(a * np.log(a)).sum(1) for a in (p, q)]
+        reliable = np.logical_and(*[h <= np.quantile(h, 0.8, method="inverted_cdf") for h in entropies])
+        cross_entropy = -np.log(np.take_along_axis(p, q.argmax(1)[:, None], 1)[:, 0])
+        divergence = (q * np.log(q / p)).sum(1)
+        cosines = [
+            np.array([taught.mean(), *taught])[b.argmax(1)]
+            * (1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
+            for a, b in ((p, q), (p_l, q_l))
+        ]
+        expected = {
+            "pseudo_label": (weight * cross_entropy)[reliable].mean(),
+            "consistency": np.concatenate([c.ravel() for c in cosines]).mean(),
+            "uncertainty": (weight * (np.exp(-divergence) * cross_entropy + divergence)).mean(),
+        }
+        assert 0.5 < reliable.mean() < 0.8
+        for term, value in expected.items():
+            assert terms[f"{term}{name}"].item() == pytest.approx(value, rel=1e-4), term
+        found.append(reliable.mean())
+    assert trainer._statistics["network_teaches"] == pytest.approx(TAUGHT_BY[0].mean())
+    assert trainer._statistics["reliable"].item() == pytest.approx(np.mean(found), abs=0.01)
 
 
-def test_certainty_weighs_the_cross_entropy_but_is_no_way_to_lower_it(tiny):
-    """The weights are constants: a student must not gain by getting uncertain."""
-    trainer = initialized(tiny, contrastive_weight=0.0)
-    z, w = (torch.randn(2, 3, *tiny.patch, dtype=torch.float64) for _ in range(2))
-    z.requires_grad_()
-    trainer.student_terms([z, z.detach()], [w, w], None)["uncertainty"].backward()
-    log_p, log_sharp = torch.log_softmax(z, 1), torch.log_softmax(2 * w, 1)
-    divergence = (log_p.exp() * (log_p - log_sharp)).sum(1)
-    weights = torch.exp(-divergence).detach().clone()
-    cross_entropy = torch.nn.functional.nll_loss(log_p, w.argmax(1), reduction="none")
-    (expected,) = torch.autograd.grad((weights * cross_entropy).mean() + divergence.mean(), z)
-    torch.testing.assert_close(z.grad, expected)
+@pytest.mark.parametrize("scenario", ["labels", "ignore"])
+def test_contrast_equals_the_loss_of_what_each_network_sees_in_all_images(tmp_path, scenario):
+    """Prototypes come from true labels and from reliable voxels; uncertain voxels are unlabeled ones alone."""
+    tiny = TinyDataset(tmp_path, PATCHES["2d"], scenario=scenario)
+    trainer = initialized(tiny, contrastive_points=10_000)
+    trainer.learned.counts = COUNTS.copy()
+    labeled, unlabeled = tiny.batches(trainer)
+    terms = step_of(trainer, labeled, unlabeled).losses
+    size, images = len(labeled["data"]), torch.cat([labeled["data"], unlabeled["strong"]])
+    with torch.no_grad():
+        for student, name in enumerate(("", "_partner")):
+            outputs, features = trainer._taps[student](images)
+            log_q = trainer.log_probabilities(trainer.predictors[1 - student](unlabeled["weak"]))
+            reliable = trainer.reliable_voxels(trainer.log_probabilities(outputs[0][size:]), log_q)
+            annotated, nowhere = labeled["target"][:, 0] < 3, torch.zeros(size, *tiny.patch) > 0
+            assert bool(annotated.all()) == (scenario == "labels")
+            labels = torch.cat([labeled["target"].clamp_max(2).long(), log_q.argmax(2)])
+            taught = TAUGHT_BY[1 - student]
+            expected = contrastive_loss(
+                features, labels, torch.cat([annotated, reliable]), torch.cat([nowhere, ~reliable]),
+                torch.tensor([[taught.mean(), *taught]]).float(), 10_000, 1.0,
+            )  # fmt: skip
+            torch.testing.assert_close(terms[f"contrastive{name}"], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("teacher", [0, 1])
 @pytest.mark.parametrize("term", TERMS)
-def test_only_the_student_learns_from_the_unlabeled_terms(tiny, teacher, term):
+def test_only_the_student_learns_from_a_term(tiny, term):
     trainer = initialized(tiny)
-    trainer.choose_teacher = lambda logits, target: teacher
     labeled, unlabeled = tiny.batches(trainer)
     step_of(trainer, labeled, unlabeled).losses[term].backward()
-    assert has_gradient(trainer.predictors[1 - teacher])
-    assert not has_gradient(trainer.predictors[teacher])
+    student = int(term.endswith("partner"))
+    assert has_gradient(trainer.predictors[student])
+    assert not has_gradient(trainer.predictors[1 - student])
 
 
 def test_both_learn_from_labels(tiny):
@@ -111,33 +126,24 @@ def test_a_step_moves_both_networks(tiny):
     assert all((a - b).abs().max() > 0 for a, b in zip(after, before))
 
 
-@pytest.mark.parametrize("better", [0, 1])
-def test_the_network_with_the_lower_dice_loss_teaches(tiny, better):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_roles_follow_the_running_dice_of_labels_and_outlive_a_stop(tiny, steps):
     trainer = initialized(tiny)
-    target = tiny.batches(trainer)[0]["target"]
-    truth = torch.nn.functional.one_hot(target[:, 0].long(), 3).movedim(-1, 1).float()
-    good, bad = 10 * truth, 10 * truth.roll(1, dims=1)
-    assert trainer.choose_teacher([good, bad] if better == 0 else [bad, good], target) == better
+    for seed in range(steps):
+        labeled, unlabeled = tiny.batches(trainer, seed)
+        trainer.dataloader_unlabeled = iter([unlabeled])
+        trainer.train_step(labeled)
+    shares = teaching_shares(trainer.learned.counts)
+    assert not np.allclose(shares, 0.5)
+    file = str(tiny.base / "checkpoint.pth")
+    trainer.save_checkpoint(file)
+    again = tiny.initialized(nnUNetTrainerDualNet, supervised_fraction=0.0)
+    again.load_checkpoint(file)
+    assert np.array_equal(teaching_shares(again.learned.counts), shares)
 
 
-def test_the_background_does_not_count(tiny):
-    """One network finds all the background but confuses structures, the other finds them and no background."""
-    trainer = initialized(tiny)
-    target = torch.full((2, 1, *tiny.patch), 2, dtype=torch.int16)
-    target[..., :12], target[..., 28:] = 1, 0
-    truth = torch.nn.functional.one_hot(target[:, 0].long(), 3).movedim(-1, 1).float()
-    swapped = truth[:, [0, 2, 1]]
-    careful = 10 * torch.where(torch.arange(32) % 2 == 0, truth, swapped)
-    everywhere = 10 * torch.where(target > 0, truth, torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1))
-    p, q = (torch.softmax(z, 1) for z in (careful, everywhere))
-    assert soft_dice_loss(p, truth) < soft_dice_loss(q, truth)
-    assert soft_dice_loss(p[:, 1:], truth[:, 1:]) > soft_dice_loss(q[:, 1:], truth[:, 1:])
-    assert trainer.choose_teacher([careful, everywhere], target) == 1
-    assert trainer.choose_teacher([everywhere, careful], target) == 0
-
-
-def test_roles_are_deterministic_with_a_seed(tiny):
-    taught = []
+def test_steps_are_deterministic_with_a_seed(tiny):
+    runs = []
     for _ in range(2):
         trainer = initialized(tiny)
         steps = []
@@ -145,19 +151,20 @@ def test_roles_are_deterministic_with_a_seed(tiny):
             labeled, unlabeled = tiny.batches(trainer, seed)
             trainer.dataloader_unlabeled = iter([unlabeled])
             steps.append(trainer.train_step(labeled)["terms"].tolist())
-        taught.append(steps)
-    assert taught[0] == taught[1]
+        runs.append(steps)
+    assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", KINDS)
 def test_a_term_of_weight_zero_is_not_computed(tiny, term):
     trainer = initialized(tiny, **{f"{term}_weight": 0.0})
     labeled, unlabeled = tiny.batches(trainer)
-    assert set(step_of(trainer, labeled, unlabeled).losses) == set(trainer.term_names) - {term}
+    off = {term, f"{term}_partner"}
+    assert set(step_of(trainer, labeled, unlabeled).losses) == set(trainer.term_names) - off
 
 
 def test_with_all_terms_off_unlabeled_images_are_not_even_looked_at(tiny):
-    trainer = initialized(tiny, **{f"{term}_weight": 0.0 for term in TERMS})
+    trainer = initialized(tiny, **{f"{term}_weight": 0.0 for term in KINDS})
     labeled, _ = tiny.batches(trainer)
     terms = step_of(trainer, labeled, {"keys": []}).losses
     assert set(terms) == {"supervised", "supervised_partner"}
@@ -167,9 +174,10 @@ def test_weights_follow_the_ramp(tiny):
     trainer = initialized(tiny, unlabeled_ramp=0.5, uncertainty_weight=2.0)
     for epoch, ramp in ((0, np.exp(-5)), (1, np.exp(-1.25)), (3, 1.0)):
         trainer.current_epoch = epoch
-        weights = {name: trainer.weight(name) for name in TERMS}
         expected = {"pseudo_label": 1, "consistency": 1, "uncertainty": 2, "contrastive": 0.1}
-        assert weights == pytest.approx({name: w * ramp for name, w in expected.items()})
+        for name, weight in expected.items():
+            both = [trainer.weight(term) for term in (name, f"{name}_partner")]
+            assert both == pytest.approx([weight * ramp] * 2)
 
 
 @pytest.mark.parametrize("ignore", [False, True])
@@ -188,12 +196,26 @@ def test_regions(tmp_path, ignore):
     assert all(torch.isfinite(term) for term in terms.values())
     assert log_probabilities(trainer.network(unlabeled["strong"])[0], True).shape[1:3] == (2, 2)
     sum(term for term in terms.values()).backward()
-    if ignore:
-        # Only in ignored voxels is the first one worse.
-        truth = torch.cat([labels >= 1, labels == 2], 1).float() * 20 - 10
-        wrong = torch.where(ignored.bool(), -truth, truth)
-        slightly = torch.where(ignored.bool(), truth, 0.9 * truth)
-        assert trainer.choose_teacher([wrong, slightly], labeled["target"]) == 0
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_labels_of_ignored_voxels_do_not_matter(tmp_path, regions):
+    tiny = TinyDataset(tmp_path, PATCHES["3d"])
+    names = {"background": 0, "whole": [1, 2], "core": 2} if regions else {"background": 0, "a": 1, "b": 2}
+    tiny.dataset_json |= {"labels": names | {"ignore": 3}} | ({"regions_class_order": [1, 2]} if regions else {})
+    values = []
+    for there in (0, 1, 2):
+        trainer = initialized(tiny)
+        labeled, unlabeled = tiny.batches(trainer)
+        ignored = torch.zeros_like(labeled["target"], dtype=torch.bool)
+        ignored[..., :8] = True
+        labels = torch.where(ignored, there, labeled["target"])
+        labeled["target"] = (
+            torch.cat([labels >= 1, labels == 2, ignored], 1) if regions else torch.where(ignored, 3, labels)
+        )
+        terms = step_of(trainer, labeled, unlabeled).losses
+        values.append([term.item() for term in terms.values()])
+    assert values[0] == values[1] == values[2]
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -203,10 +225,11 @@ def test_student_terms_are_finite_for_extreme_logits(tiny, dtype, regions):
         tiny.dataset_json |= {"labels": {"background": 0, "whole": [1, 2], "core": 2, "rim": 1},
                               "regions_class_order": [1, 2, 3]}  # fmt: skip
     trainer = initialized(tiny)
-    z, w = (torch.sign(torch.randn(2, 3, *tiny.patch)).mul(1e4).to(dtype) for _ in range(2))
+    z, w = (torch.sign(torch.randn(4, 3, *tiny.patch)).mul(1e4).to(dtype) for _ in range(2))
     z.requires_grad_()
-    features = torch.randn(2, 4, *tiny.patch).to(dtype).requires_grad_()
-    terms = trainer.student_terms([z, z], [w, w], features)
+    features = torch.randn(4, 4, *tiny.patch).to(dtype).requires_grad_()
+    target, table = torch.zeros(2, 3 if regions else 1, *tiny.patch), torch.full((3, 2) if regions else (1, 3), 0.5)
+    terms, _ = trainer.student_terms(z, w, features, target, table)
     sum(terms.values()).backward()
     assert all(torch.isfinite(value) for value in terms.values())
     assert torch.isfinite(z.grad).all()
@@ -222,7 +245,8 @@ def test_unreliable_voxels_do_not_touch_the_pseudo_label_term(tiny):
 
     def value(unsure):
         student = torch.where(sure, 5 * one_hot.roll(1, 1), unsure)
-        return trainer.student_terms([student, student], [teacher, teacher], None)["pseudo_label"]
+        target, table = torch.zeros(0, 1, *tiny.patch), torch.ones(1, 3)
+        return trainer.student_terms(student, teacher, None, target, table)[0]["pseudo_label"]
 
     plain, other = value(torch.zeros(())), value(torch.tensor([0.0, 0.5, 0.0]).view(1, 3, 1, 1))
     assert torch.equal(plain, other)
@@ -238,7 +262,7 @@ def trained(tiny):
     return tiny, trainer
 
 
-def test_the_log_says_who_taught_and_what_was_reliable(trained):
+def test_the_log_says_who_teaches_how_much_and_what_was_reliable(trained):
     _, trainer = trained
     (log,) = Path(trainer.output_folder).glob("training_log*")
     text = log.read_text()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods import nnUNetTrainerFDPL
 from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, step_of
 from nnunet_ssl.transforms import mixing
@@ -59,7 +60,7 @@ def arrays(outputs: list[torch.Tensor]) -> list[np.ndarray]:
     return [o.detach().numpy() for o in outputs]
 
 
-@pytest.mark.parametrize("cutmix", [True, False])
+@pytest.mark.parametrize("cutmix", ["second", "both", "none"])
 @pytest.mark.parametrize("weak", [True, False])
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 @torch.no_grad()
@@ -72,12 +73,12 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, we
     shift = tuple(m * sign for m, sign in zip(margin, (1, -1, -1)))
     boxes = mixing.cutmix_boxes(2, tiny.patch, 0.5, torch.Generator().manual_seed(1))
     drawn = []
-    monkeypatch.setattr(mixing, "draw_shift", lambda *a: drawn.append(a) or shift)
+    monkeypatch.setattr(mixing, "draw_shift", lambda margin, _: drawn.append(margin) or shift)
     monkeypatch.setattr(mixing, "cutmix_boxes", lambda *a: drawn.append(a) or boxes)
     terms = step_of(trainer, labeled, unlabeled).losses
     # One shift and one box for images and labels, as the hyper-parameters say.
-    expected = [(margin, trainer.generator), (2, tiny.patch, 0.5, trainer.generator, torch.device("cpu"))]
-    assert drawn == expected[: 1 + cutmix]
+    expected = [margin, (2, tiny.patch, 0.5, trainer.generator, torch.device("cpu"))]
+    assert drawn == expected[: 1 + (cutmix != "none")]
 
     strong, to_label = (unlabeled[name].numpy() for name in ("strong", "weak" if weak else "strong"))
     at_center = (..., *[slice(m, m + s) for m, s in zip(margin, tiny.patch)])
@@ -85,23 +86,30 @@ def test_terms_equal_an_independent_computation(tmp_path, monkeypatch, patch, we
     shifted = to_label[(..., *[slice(m + o, m + o + s) for m, o, s in zip(margin, shift, tiny.patch)])]
     box = boxes.numpy()
     # Two unlabeled images: each is mixed with the other one.
-    mixed = np.where(box, center[::-1], center) if cutmix else center
+    is_mixed = {"second": (False, True), "both": (True, True), "none": (False, False)}[cutmix]
+
+    def seen_by(network: int, own: np.ndarray) -> np.ndarray:
+        return np.where(box, own[::-1], own) if is_mixed[network] else own
+
     y_f, y_d = [], []
     for network in trainer.predictors:
         labels, moved = (network(torch.tensor(i))[0].numpy().argmax(1)[:, None] for i in (to_label[at_center], shifted))
         dynamic = labels.copy()
         for q in np.ndindex(tiny.patch):
             source = tuple(a - o for a, o in zip(q, shift))
-            if all(0 <= a < side for a, side in zip(source, tiny.patch)):
+            # From the crop in which the voxel lies farther from the border, of axes that are shifted.
+            own, other = (
+                min(min(a, side - 1 - a) for a, side, o in zip(place, tiny.patch, shift) if o) for place in (q, source)
+            )
+            if other > own:
                 dynamic[(slice(None), 0, *q)] = moved[(slice(None), 0, *source)]
         y_f.append(labels)
         y_d.append(dynamic)
-    on_center = arrays(trainer.predictors[0](torch.tensor(center)))
-    on_mixed = arrays(trainer.predictors[1](torch.tensor(mixed)))
+    outputs = [arrays(network(torch.tensor(seen_by(i, center)))) for i, network in enumerate(trainer.predictors)]
     for name, labels in (("fixed", y_f), ("dynamic", y_d)):
-        for_second = np.where(box, labels[0][::-1], labels[0]) if cutmix else labels[0]
-        assert terms[name].item() == pytest.approx(nnunet_loss(on_center, labels[1]), rel=1e-4)
-        assert terms[f"{name}_partner"].item() == pytest.approx(nnunet_loss(on_mixed, for_second), rel=1e-4)
+        for student, term in enumerate((name, f"{name}_partner")):
+            expected = nnunet_loss(outputs[student], seen_by(student, labels[1 - student]))
+            assert terms[term].item() == pytest.approx(expected, rel=1e-4)
     agreement, redecided = (trainer._statistics[name].item() for name in trainer.statistic_names)
     assert agreement == pytest.approx((y_f[0] == y_f[1]).mean())
     assert redecided == pytest.approx(np.mean([f != d for f, d in zip(y_f, y_d)]))
@@ -160,6 +168,12 @@ def test_pseudo_labels_have_the_form_of_targets(tiny, known):
         assert labels.shape == (2, 1, *tiny.patch)
 
 
+@pytest.mark.parametrize("former", [True, False])
+def test_a_former_value_of_cutmix_is_refused_with_those_there_are(former):
+    with pytest.raises(UserError, match=r"FDPL\.cutmix must be a text, got .* \(bool\)\. .*: second, both or none"):
+        nnUNetTrainerFDPL.read_hyperparameters({"ssl": {"FDPL": {"cutmix": former}}})
+
+
 def test_the_networks_start_with_different_weights(tiny):
     trainer = initialized(tiny)
     first, second = (torch.cat([p.flatten() for p in n.parameters() if p.ndim > 1]) for n in trainer.predictors)
@@ -174,11 +188,13 @@ PASSES = {
     "fixed only": ({"dynamic_weight": 0.0}, [4], [2], [4], [2]),
     "fixed only, one view": ({"dynamic_weight": 0.0, "weak_teacher": False}, [4], [], [4], [2]),
     "no shift": ({"shift": 0.0}, [4], [2], [4], [2]),
-    "no CutMix": ({"cutmix": False}, [4], [4], [4], [4]),
-    "no CutMix, one view": ({"cutmix": False, "weak_teacher": False}, [4], [2], [4], [2]),
+    "no CutMix": ({"cutmix": "none"}, [4], [4], [4], [4]),
+    "no CutMix, one view": ({"cutmix": "none", "weak_teacher": False}, [4], [2], [4], [2]),
+    "CutMix for both": ({"cutmix": "both"}, [4], [4], [4], [4]),
+    "CutMix for both, one view": ({"cutmix": "both", "weak_teacher": False}, [4], [4], [4], [4]),
     "dynamic only": ({"fixed_weight": 0.0}, [4], [4], [4], [4]),
     "fixed only, no CutMix, one view": (
-        {"dynamic_weight": 0.0, "cutmix": False, "weak_teacher": False},
+        {"dynamic_weight": 0.0, "cutmix": "none", "weak_teacher": False},
         [4],
         [],
         [4],
@@ -290,9 +306,18 @@ def test_regions_are_decided_and_composed_channel_by_channel(tiny):
     center, shifted = whole[..., 4:36, 4:36], whole[..., 8:40, 0:32]
     logits, moved = (trainer.network(crop)[0] for crop in (center, shifted))
     fixed, dynamic = trainer.pseudo_labels(trainer.network, logits, (center, shifted), (4, -4), like)
-    assert torch.equal(fixed, torch.sigmoid(logits) > 0.5)
-    expected = (torch.sigmoid(logits) > 0.5).clone()
-    expected[..., 4:, :-4] = (torch.sigmoid(moved) > 0.5)[..., :-4, 4:]
+
+    def decided(z: torch.Tensor) -> torch.Tensor:
+        """The core is part of the whole, found there or not."""
+        whole, core = (torch.sigmoid(z) > 0.5).unbind(1)
+        return torch.stack([whole | core, core], 1)
+
+    assert torch.equal(fixed, decided(logits))
+    expected = decided(logits)
+    first, second = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    depths = [torch.stack([r, 31 - r, c, 31 - c]).amin(0) for r, c in ((first, second), (first - 4, second + 4))]
+    deeper = depths[1] > depths[0]
+    expected[..., deeper] = decided(moved).roll((4, -4), (2, 3))[..., deeper]
     assert torch.equal(dynamic, expected)
     assert (dynamic != fixed).any()
 

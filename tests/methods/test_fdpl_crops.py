@@ -10,7 +10,7 @@ import torch
 
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.methods import nnUNetTrainerFDPL
-from nnunet_ssl.testing.tiny import PATCHES, TinyDataset
+from nnunet_ssl.testing.tiny import PATCHES, TinyDataset, step_of
 from nnunet_ssl.transforms import mixing
 
 
@@ -46,14 +46,14 @@ def test_crops_show_what_nnunets_patches_show_and_padding_never_wraps(tmp_path, 
     margin, sizes = trainer.unlabeled_margin, trainer.unlabeled_patch_size
     loader = UnlabeledDataLoader(dataset, 1, sizes, tiny.patch, trainer.label_manager)
     stock = UnlabeledDataLoader(dataset, 1, tiny.patch, tiny.patch, trainer.label_manager)
-    starts, stock_starts = set(), set()
+    starts, stock_starts, generator = set(), set(), np.random.default_rng(0)
     for _ in range(60):
         data = loader.generate_train_batch()["strong"]
         center = mixing.shifted_crop(data, margin, [0] * len(margin))[0]
         origin = origin_of(center)
         starts.add(origin[-1])
         stock_starts.add(origin_of(stock.generate_train_batch()["strong"][0])[-1])
-        shift = mixing.draw_shift(margin)
+        shift = mixing.draw_shift(margin, generator)
         crop = mixing.shifted_crop(data, margin, shift)[0]
         for start, shown in ((origin, center), (tuple(o + s for o, s in zip(origin, shift)), crop)):
             places = torch.stack(
@@ -90,3 +90,24 @@ def test_the_loader_cuts_out_what_nnunet_would_for_the_larger_patch(tiny, monkey
     assert tuple(made[0].patch_size[1:]) == tuple(get_patch_size((40, 40), *angles, (0.85, 1.25)))
     assert tuple(made[0].final_patch_size[1:]) == tiny.patch
     assert made[0].generate_train_batch()["strong"].shape == (2, 1, 40, 40)
+
+
+def test_the_shift_follows_from_seed_and_step_alone(tiny, monkeypatch):
+    """So a resumed training draws as one that was not stopped, and each process draws for itself."""
+    draw, drawn = mixing.draw_shift, []
+    monkeypatch.setattr(mixing, "draw_shift", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+
+    def shifts(seed: int) -> list[tuple[int, ...]]:
+        drawn.clear()
+        trainer = initialized(tiny)
+        trainer.generator.manual_seed(seed)
+        for epoch, iteration in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3)):
+            trainer.current_epoch, trainer._iterations_done_in_epoch = epoch, iteration
+            step_of(trainer, *tiny.batches(trainer))
+            # What else has been drawn does not matter.
+            torch.rand(3, generator=trainer.generator)
+        return list(drawn)
+
+    assert shifts(1) == shifts(1)
+    assert len(set(shifts(1))) > 1
+    assert shifts(1) != shifts(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -98,25 +99,52 @@ def test_a_step_knows_no_double_precision(tmp_path, trainer_class, patch):
 
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 def test_a_step_waits_for_the_device_as_often_as_a_stock_step(tmp_path, trainer_class, patch):
-    """Besides, a step of either copies its loss to the host at its end: one transfer each.
-
-    DualNet asks which network teaches: the answer saves the teacher's backward pass.
-    """
+    """Besides, a step of either copies its loss to the host at its end: one transfer each."""
     tiny = TinyDataset(tmp_path, PATCHES[patch])
     found = []
     for cls in (nnUNetTrainer, trainer_class):
-        step = ready(cls, tiny)
-        step()
-        with Waits(cls) as waits:
-            step()
-        found.append(waits)
+        found.append(waits_of(cls, tiny))
     stock, ours = found
-    is_dual = trainer_class is nnUNetTrainerDualNet
-    assert ours.operations == [*stock.operations, *(["_local_scalar_dense"] if is_dual else [])]
-    if is_dual:
-        (place,) = filter(None, ours.places)
-        file, _, line = place.rpartition(":")
-        assert ".item()" in Path(file).read_text().splitlines()[int(line) - 1]
+    assert ours.operations == stock.operations
+
+
+def waits_of(cls: type, tiny: TinyDataset) -> Waits:
+    """Of the second step: tables that are made once are there by then."""
+    step = ready(cls, tiny)
+    step()
+    with Waits(cls) as waits:
+        step()
+    return waits
+
+
+# Lines of a step that wait for a GPU, and lines on numbers that the host has drawn by itself.
+WAITING = {
+    "tolist": "torch.rand(3, generator=trainer.generator).tolist()",
+    "numpy": "images.mean().detach().numpy()",
+    "cpu": "images.mean().cpu()",
+    "to": "images.mean().to('cpu')",
+    "_local_scalar_dense": "float(images.mean())",
+    "nonzero": "images.nonzero()",
+    "index": "images[images > 0]",
+    "is_nonzero": "bool((images > 0).any())",
+}
+OWN = ["torch.rand(3).tolist()", "(2 * torch.rand(3) > 1).sum().item()", "bool(torch.randint(2, ()))"]
+
+
+@pytest.mark.parametrize("line", [*WAITING.values(), *OWN])
+def test_a_line_that_waits_is_named_and_one_that_does_not_is_not(tiny, line):
+    class Waiting(nnUNetTrainerDualNet):
+        def step(self, labeled, unlabeled):
+            eval(line, {"torch": torch}, {"trainer": self, "images": labeled.images})
+            return super().step(labeled, unlabeled)
+
+    plain, waiting = (waits_of(cls, tiny) for cls in (nnUNetTrainerDualNet, Waiting))
+    extra = Counter(waiting.operations) - Counter(plain.operations)
+    if line in OWN:
+        assert not extra
+        return
+    assert sum(extra.values()) == 1
+    assert any(place and place.startswith(__file__) for place in waiting.places)
 
 
 def test_waiting_for_a_gpu_is_heard_where_it_happens():
@@ -133,12 +161,9 @@ def test_waiting_for_a_gpu_is_heard_where_it_happens():
 
 
 def test_what_passes_through_the_networks_of_a_step(tiny):
-    """Two labeled and two unlabeled examples; the student's network is the one that passes the latter with gradient."""
+    """Two labeled and two unlabeled examples: both networks learn from all, and label the latter."""
     found = passes(nnUNetTrainerDualNet, tiny)
-    assert sorted(found.values()) == [
-        [Pass(2, True), Pass(2, False)],
-        [Pass(2, True), Pass(2, True)],
-    ]
+    assert list(found.values()) == [[Pass(4, True), Pass(2, False)]] * 2
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -34,7 +34,7 @@ NAMES = [t.__name__ for t in TRAINERS]
 # over a rank's own batch.
 SEPARABLE = {
     "supervised_fraction": 0.0, "unlabeled_ramp": 0.0, "identity_probability": 1.0,
-    "pseudo_label_weight": 0.0, "contrastive_weight": 0.0, "cutmix": False, "dynamic_weight": 0.0,
+    "pseudo_label_weight": 0.0, "contrastive_weight": 0.0, "cutmix": "none", "dynamic_weight": 0.0,
     "feature_weight": 0.0, "noise_std": 0.0, "dropout": 0.0, "first_threshold": 1.0,
 }  # fmt: skip
 STEPS = 5

@@ -37,7 +37,7 @@ def parameters(trainer: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 def test_1_the_gradient_of_a_term_reaches_its_networks_and_no_other(bench, trainer_class, patch):
-    terms_train_their_networks(trainer_class, bench, patch, before_head=("contrastive",))
+    terms_train_their_networks(trainer_class, bench, patch, before_head=("contrastive", "contrastive_partner"))
 
 
 @pytest.mark.parametrize("cls", SIAMESE, ids=lambda c: c.__name__)

@@ -262,10 +262,10 @@ def test_a_declaration_that_went_wrong_is_explained(source):
 def test_a_name_that_another_method_had_before_names_both_places():
     @dataclasses.dataclass(frozen=True)
     class Mine(MethodParameters):
-        temperature: float = parameter(1.0, "of mine")
+        contrastive_margin: float = parameter(1.0, "of mine")
 
-    with pytest.raises(UserError, match=r"write DualNet\.temperature or Mine\.temperature\."):
-        Mine.from_plans({"ssl": {"temperature": 1.0}}, ["Mine"])
+    with pytest.raises(UserError, match=r"write DualNet\.contrastive_margin or Mine\.contrastive_margin\."):
+        Mine.from_plans({"ssl": {"contrastive_margin": 1.0}}, ["Mine"])
 
 
 # ---- in trainers --------------------------------------------------------------------------------------------------
@@ -277,11 +277,11 @@ def test_the_trainer_uses_the_plans(tiny):
 
 
 def test_the_tiny_data_set_puts_names_where_a_trainer_reads_them(tiny, trainer_class):
-    asked = {"supervised_fraction": 0.3, "smoothness": 0.3, "cutmix": False, "temperature": 0.7}
+    asked = {"supervised_fraction": 0.3, "smoothness": 0.3, "cutmix": "none", "contrastive_margin": 0.7}
     hp = tiny.trainer(trainer_class, **asked).hp.as_dict()
     assert {name: hp[name] for name in asked if name in hp} == {name: asked[name] for name in asked if name in hp}
     if trainer_class is nnUNetTrainerFDPL:
-        assert not hp["cutmix"]
+        assert hp["cutmix"] == "none"
         assert "smoothness" not in hp
 
 
