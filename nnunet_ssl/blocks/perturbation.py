@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.blocks.networks import bare
+from nnunet_ssl.errors import UserError
 
 
 class FeatureDropout:
@@ -21,35 +22,39 @@ class FeatureDropout:
         rate: Part of the channels that is left out; the others are raised to the same mean.
         bottleneck_alone: Whether only the deepest features lose channels, as in V-Nets with dropout, or every skip
             connection too, as in Yang et al., "Revisiting weak-to-strong consistency" (CVPR 2023).
+
+    Raises:
+        UserError: For a network that is no U-Net of nnU-Net's kind.
     """
 
     def __init__(self, network: nn.Module, rate: float = 0.5, bottleneck_alone: bool = False) -> None:
         self._network = network
         self.rate = rate
         inner: Any = bare(network)
-        self._channels = list(inner.encoder.output_channels)
+        channels = getattr(getattr(inner, "encoder", None), "output_channels", None)
+        if channels is None or not hasattr(inner, "decoder"):
+            raise UserError(
+                f"Dropping channels needs the encoder and decoder of a U-Net, which were not found in "
+                f"{type(inner).__name__}; expected encoder.output_channels and decoder as in nnU-Net's U-Nets. Use "
+                f"plans of such a network, or a method without dropped channels."
+            )
+        self._channels = list(channels)
         self._first = len(self._channels) - 1 if bottleneck_alone else 0
         self._masks: list[Tensor] | None = None
-        self._keeps_clean = False
         inner.decoder.register_forward_pre_hook(self._perturb)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Any:
-        """What the network returns where channels are left out, (B, K, *S) or a list of them."""
-        return self._pass(images, generator, keeps_clean=False)
-
-    def clean_and_perturbed(self, images: Tensor, generator: torch.Generator) -> Any:
-        """One pass through the encoder and two through the decoder: the outputs' first half without dropout, (2B, ...).
+        """What the network returns where channels are left out.
 
         Args:
             images: (B, C, *S).
             generator: Draws the channels on its own device.
-        """
-        return self._pass(images, generator, keeps_clean=True)
 
-    def _pass(self, images: Tensor, generator: torch.Generator, keeps_clean: bool) -> Any:
+        Returns:
+            Logits (B, K, *S), with deep supervision a list of them.
+        """
         # Drawn here, because compiled code cannot draw from a generator.
         self._masks = [self._draw(images, channels, generator) for channels in self._channels[self._first :]]
-        self._keeps_clean = keeps_clean
         try:
             return self._network(images)
         finally:
@@ -66,6 +71,4 @@ class FeatureDropout:
         (skips,) = inputs
         masks = [None] * self._first + self._masks
         perturbed = [skip if mask is None else skip * mask.to(skip.dtype) for skip, mask in zip(skips, masks)]
-        if self._keeps_clean:
-            perturbed = [torch.cat([skip, other]) for skip, other in zip(skips, perturbed)]
         return (perturbed,)

@@ -5,10 +5,10 @@ Bai, Chen, Li, Shen, Wang: "Bidirectional copy-paste for semi-supervised medical
     x_1 = labeled inside a box, unlabeled outside;   x_2 = unlabeled inside, labeled outside
     L = loss over annotated voxels + w loss over the others, against the averaged teacher's labels of the whole patch
 
-Departures: nnU-Net's loss with deep supervision, over either part; each pair of images gives both mixtures, each with
-the same box, so that every voxel is learned from once; no largest component of pseudo-labels, which is wrong for parts
-of organs in a patch; the teacher sees the patch without changes of intensity. In stage 1 labeled images are pasted into
-each other, as in the paper's pre-training. The published code chose its checkpoints on test cases.
+Departures: nnU-Net's loss with deep supervision, over either part; each pair of images gives both mixtures, with the
+same box, so that every voxel of a pair is learned from once; no largest component of pseudo-labels, which is wrong for
+parts of organs in a patch; the teacher sees the patch without changes of intensity. In stage 1 labeled images are
+pasted into each other, as in the paper's pre-training. The published code chose its checkpoints on test cases.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class BCPParameters(MethodParameters):
     """Hyper-parameters of bidirectional copy-paste."""
 
     supervised_fraction: float = other_default("supervised_fraction", 0.25)
-    pseudo_label_weight: float = parameter(0.5, "weight w of the teacher's labels", minimum=0.0)
+    pseudo_label_weight: float = parameter(
+        0.5, "weight w of the teacher's labels; 0 for nnU-Net's training", minimum=0.0
+    )
     teacher_decay: float = parameter(0.99, "decay per step of the teacher's weights", minimum=0.0, maximum=0.9999)
     box_side: float = parameter(0.667, "side of the box", "of the patch side", minimum=0.01, maximum=1.0)
 
@@ -46,6 +48,8 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer[BCPParameters]):
 
     def step(self, labeled: Labeled, unlabeled: Unlabeled | None) -> Step:
         """One pass over all mixtures."""
+        if not self.hp.pseudo_label_weight:
+            return super().step(labeled, None)
         images, target = labeled.images, labeled.target
         if unlabeled is None:
             boxes = self.boxes(images)
@@ -60,7 +64,7 @@ class nnUNetTrainerBCP(SemiSupervisedTrainer[BCPParameters]):
             part.repeat(2, *[1] * (images.ndim - 1)) for part in (images[known], unlabeled.strong[guessed])
         )
         outputs = self.network(mixing.mix(others, pictures, annotated))
-        twice = self.masked_target(target)[known].repeat(2, *[1] * (images.ndim - 1))
+        twice = target[known].repeat(2, *[1] * (images.ndim - 1))
         losses = {"supervised": self.masked_supervised_loss(outputs, twice, annotated)}
         if self.weight("pseudo_label"):
             labels = self.hard_labels(self.teacher(unlabeled.weak), target)[guessed]

@@ -32,7 +32,7 @@ class FixMatchParameters(MethodParameters):
     unlabeled_ramp: float = other_default("unlabeled_ramp", 0.4)
     pseudo_label_weight: float = parameter(0.5, "weight of the sure labels", minimum=0.0)
     sure_from: float = parameter(0.95, "probability from which a voxel counts", minimum=0.0, maximum=1.0)
-    strength: float = parameter(1.0, "of further changes of intensity on the strong view", minimum=0.0)
+    strength: float = parameter(1.0, "of further changes of intensity on strong views", minimum=0.0, maximum=2.0)
     cutmix_share: float = parameter(0.5, "part of the strong view from another image", minimum=0.0, maximum=1.0)
     teacher_decay: float = parameter(0.0, "of an averaged network that labels; 0: none", minimum=0.0, maximum=0.9999)
 

@@ -5,8 +5,8 @@ Verma, Lamb, Kannala, Bengio, Lopez-Paz: "Interpolation consistency training for
     x_m = (1 - b) x_0 + b x_1,   L_c = squared distance of p(x_m) from (1 - b) p'(x_0) + b p'(x_1),   b ~ Beta(a, a)
 
 p' is the averaged teacher's. Departures: as MeanTeacher, without noise; b is drawn for every image (published codes:
-once per batch, and with a whole number a); a single unlabeled image is mixed with a labeled one, of which the teacher's
-prediction is taken as well; in a cascade the previous stage's segmentation is that of the image that weighs more.
+once per batch); a single unlabeled image is mixed with a labeled one, of which the teacher's prediction is taken as
+well; in a cascade the previous stage's segmentation is that of the image that weighs more.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ MICCAI 2019.
     L_c = sum over voxels with u < H(t) of the squared distance / their number,   H = (3/4 + ramp / 4) ln K
 
 Departures: as MeanTeacher; ln K and the number of classes stand where the published code keeps the two classes of its
-data set; all passes are one batch; channels are dropped at the bottleneck, since nnU-Net's networks have no dropout.
+data set; channels are dropped at the bottleneck, since nnU-Net's networks have no dropout.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
     def judge(self, unlabeled: Unlabeled) -> tuple[Tensor, Tensor]:
         """The teacher's log-probabilities of one pass (B, G, K, *S), and the entropy (B, *S) of the mean of several."""
         log_q = self.log_probabilities(self.teacher(self.for_teacher(unlabeled)))
-        repeated = Unlabeled(unlabeled.keys, {"weak": unlabeled.weak.repeat(self.hp.passes, *[1] * (log_q.ndim - 2))})
-        outputs = self.dropout(self.for_teacher(repeated), self.generator)
-        p = self.log_probabilities(outputs).exp().unflatten(0, (self.hp.passes, -1)).mean(0)
+        # Not one batch of all passes: probabilities of many classes would fill the memory.
+        p = torch.zeros_like(log_q)
+        for _ in range(self.hp.passes):
+            outputs = self.dropout(self.for_teacher(unlabeled), self.generator)
+            p += self.log_probabilities(outputs).exp() / self.hp.passes
         return log_q, entropy(p.clamp_min(1e-12).log())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from nnunet_ssl.blocks.networks import split_outputs
 from nnunet_ssl.blocks.perturbation import FeatureDropout
 from nnunet_ssl.methods.fix_match import FixMatchParameters, nnUNetTrainerFixMatch
 from nnunet_ssl.training import Labeled, Losses, Outputs, Unlabeled
@@ -46,10 +45,10 @@ class nnUNetTrainerUniMatch(nnUNetTrainerFixMatch):
         target = labeled.target
         strong = [self.strong_view(view, labeled.images) for view in (unlabeled.strong, unlabeled.strong_2)]
         on_strong = [self.network(images) for images, _ in strong]
-        dropped = split_outputs(self.dropout.clean_and_perturbed(unlabeled.weak, self.generator), len(unlabeled.weak))
+        on_dropped = self.dropout(unlabeled.weak, self.generator)
         labels, sure = self.sure_labels(unlabeled.weak, target)
         losses = [
             self.loss_of_mixtures(outputs, labels, sure, target, boxes)
             for outputs, (_, boxes) in zip(on_strong, strong)
         ]
-        return {"pseudo_label": losses[0] + losses[1], "feature": self.pseudo_label_loss(dropped[1], labels, sure)}
+        return {"pseudo_label": losses[0] + losses[1], "feature": self.pseudo_label_loss(on_dropped, labels, sure)}

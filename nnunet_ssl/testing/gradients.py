@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from nnunet_ssl.testing.bench import Bench
 from nnunet_ssl.testing.broken import BrokenPromise
-from nnunet_ssl.testing.networks import fill_zeros, networks_of
+from nnunet_ssl.testing.networks import fill_zeros, networks_of, scale_heads
 from nnunet_ssl.testing.tiny import TinyDataset, step_of
 from nnunet_ssl.training.hyperparameters import SHARED
 from nnunet_ssl.training.method import NETWORK, SUPERVISED, Losses
 
 GRADIENTS, SIGNAL = "gradients", "signal"
+# Times what an untrained network says: of three classes it is then sure of about half of the voxels.
+_SURER = 10.0
 
 
 def terms_train_their_networks(
@@ -103,7 +105,10 @@ def switched_on(cls: Any) -> dict[str, float]:
 def _ready(cls: Any, tiny: TinyDataset, **ssl: Any) -> Any:
     """A trainer in stage 2, with all terms on and no random identity among its transforms."""
     settings = {"supervised_fraction": 0.0, "identity_probability": 0.0, **switched_on(cls), **ssl}
-    return tiny.initialized(cls, **settings)
+    trainer = tiny.initialized(cls, **settings)
+    # Untrained networks are sure of nothing, and many a term is about what is sure.
+    scale_heads(trainer, _SURER)
+    return trainer
 
 
 def _check_names(trainer: Any, losses: Losses) -> None:

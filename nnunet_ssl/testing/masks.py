@@ -85,7 +85,8 @@ def _gradients(cls: type, tiny: TinyDataset, label: int | None) -> _Found:
         tiny: With ignored voxels.
         label: What the probed voxels, all ignored, are labeled as; None for nothing.
     """
-    settings = {"supervised_fraction": 0.0, "identity_probability": 1.0, **switched_on(cls)}
+    # Neither moved nor cut: what passes must be found among the images.
+    settings = {"supervised_fraction": 0.0, "identity_probability": 1.0, "box_side": 1.0, **switched_on(cls)}
     trainer = tiny.initialized(cls, **settings)
     labeled, unlabeled = tiny.batches(trainer)
     batch = torch.randint(

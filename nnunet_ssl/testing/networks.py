@@ -47,6 +47,16 @@ def fill_zeros(trainer: Any) -> None:
                 nn.init.constant_(parameter, 0.5)
 
 
+@torch.no_grad()
+def scale_heads(trainer: Any, factor: float) -> None:
+    """Scale the last layer of all networks: predictions become surer."""
+    for network in networks_of(trainer).values():
+        heads = getattr(getattr(network, "decoder", None), "seg_layers", None)
+        if heads:
+            for parameter in heads[-1].parameters():
+                parameter.mul_(factor)
+
+
 def _equal(first: Tensor, second: Tensor) -> bool:
     first, second = first.cpu(), second.cpu()
     return torch.equal(first, second) or bool(torch.allclose(first, second, rtol=0, atol=0, equal_nan=True))

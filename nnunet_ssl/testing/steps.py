@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_ssl.data.views import VIEWS
 from nnunet_ssl.testing.bench import Bench
 from nnunet_ssl.testing.broken import BrokenPromise
 from nnunet_ssl.testing.gradients import switched_on
-from nnunet_ssl.testing.networks import counted, differing, networks_of, weights_of
+from nnunet_ssl.testing.networks import counted, differing, scale_heads, weights_of
 from nnunet_ssl.training.method import NETWORK, Step
 
 STEP, FINITE, SKIPPING = "step", "finite", "skipping"
@@ -63,7 +63,8 @@ def step_is_finite(cls: type, bench: Bench, situation: str, patch: str = "2d", *
         trainer = tiny.initialized(cls, **{"supervised_fraction": 0.0, "cpu_bfloat16": True, **switched_on(cls), **ssl})
         labeled, unlabeled = tiny.batches(trainer)
         if situation == CONFIDENT:
-            _make_sure(trainer)
+            # Probabilities are 0 and 1.
+            scale_heads(trainer, 1e4)
         else:
             change = EXTREMES[situation]
             labeled["data"] = change(labeled["data"])
@@ -144,14 +145,3 @@ def _noted_terms(trainer: Any) -> list[str]:
 
 def _memory(trainer: Any) -> dict[str, Any]:
     return {name: companion.memory() for name, companion in trainer.companions.items()}
-
-
-@torch.no_grad()
-def _make_sure(trainer: Any) -> None:
-    """Scale the last layer, so that probabilities are 0 and 1."""
-    for network in networks_of(trainer).values():
-        heads = getattr(getattr(network, "decoder", None), "seg_layers", None)
-        if heads:
-            last: nn.Module = heads[-1]
-            for parameter in last.parameters():
-                parameter.mul_(1e4)

@@ -36,7 +36,8 @@ def overlap_counts(logits: Tensor, target: Tensor, has_regions: bool, ignore_lab
     """
     if has_regions:
         predicted, truth = logits > 0, target[:, : logits.shape[1]] > 0
-        if ignore_label is not None:
+        # A last channel of ignored voxels, and not the last region.
+        if target.shape[1] > logits.shape[1]:
             counted = target[:, -1:] == 0
             predicted, truth = predicted & counted, truth & counted
         axes = [0, *range(2, logits.ndim)]

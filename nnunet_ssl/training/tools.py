@@ -153,8 +153,14 @@ class Tools(ABC, Generic[P]):
         return torch.cat([target[:, :regions], ignored], 1)
 
     def confidence(self, outputs: Output) -> Tensor:
-        """The probability of the likeliest class, of regions that of the least sure one: (B, 1, *S), in [0, 1]."""
-        return self.log_probabilities(outputs).detach().amax(2).amin(1, keepdim=True).exp()
+        """The probability of the likeliest class, of regions that of the least sure one: (B, 1, *S), in [0, 1].
+
+        Regions that are waited for need not be sure: they learn nothing from what is.
+        """
+        log_p = self.log_probabilities(outputs).detach().amax(2)
+        if self.has_regions and not self.learned.all_wait:
+            log_p = log_p[:, [region for region in range(log_p.shape[1]) if region not in self.learned.waiting]]
+        return log_p.amin(1, keepdim=True).exp()
 
     def _known(self, logits: Tensor) -> Tensor:
         return predictions.without_structures(logits, self.learned.waiting, self.has_regions)

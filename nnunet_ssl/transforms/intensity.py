@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Sigmas of the blur, in voxels of the finest axis, and how many of them a kernel reaches to either side.
+from nnunet_ssl.runtime.precision import without_autocast
+
+# Sigmas of the blur, in voxels of every axis, and how many of them a kernel reaches to either side.
 _BLUR, _REACH = (0.5, 1.5), 2.0
 
 
@@ -50,7 +52,7 @@ def strong_intensities(
     shift = strength * (draw() - 0.5)
     gamma = 2.0 ** (strength * (2.0 * draw() - 1.0))
     span = (highest - lowest).clamp_min(1e-6)
-    changed = ((pictures - lowest) / span).clamp_min(1e-6) ** gamma * span + lowest
+    changed = ((pictures - lowest) / span).clamp_min(0.0) ** gamma * span + lowest
     changed = (changed - mean) * contrast + mean + shift
     changed = torch.where(draw() < probability / 2, _blur(changed, draw(), strength), changed)
     changed = torch.where((draw() < probability) & (pictures != 0), changed, pictures)
@@ -91,6 +93,6 @@ def _blur(images: Tensor, amount: Tensor, strength: float) -> Tensor:
         margins = [reach if a == axis else 0 for a in reversed(range(dims)) for _ in range(2)]
         padded = functional.pad(flat, margins, mode="replicate")
         # Not in the half precision of what may be around: images keep their digits.
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             flat = convolve(padded, kernels.reshape(shape), groups=batch * channels)
     return flat.reshape(images.shape)

@@ -13,7 +13,9 @@ from nnunet_ssl.losses.agreement import (
     entropy,
     kl_divergence,
     masked_mean,
+    normalized_entropy,
     pseudo_label_cross_entropy,
+    squared_distance,
     tempered_by_doubt,
     upper_threshold,
 )
@@ -45,6 +47,9 @@ def test_every_voxelwise_loss_equals_scipy(shape, regions):
     np.testing.assert_allclose(log_p.exp(), p, atol=1e-12)
     np.testing.assert_allclose(log_q.exp(), q, atol=1e-12)
     np.testing.assert_allclose(entropy(log_p), scipy_entropy(p, axis=2).mean(1), atol=1e-10)
+    share = scipy_entropy(p, axis=2).mean(1) / np.log(p.shape[2])
+    np.testing.assert_allclose(normalized_entropy(log_p), share, atol=1e-10)
+    np.testing.assert_allclose(squared_distance(log_p, log_q), ((p - q) ** 2).sum(2).mean(1) / 2, atol=1e-10)
     np.testing.assert_allclose(kl_divergence(log_p, log_q), rel_entr(p, q).sum(2).mean(1), atol=1e-9)
     flat = [a.reshape(2, -1, *shape) for a in (p, q)]
     cosine = (flat[0] * flat[1]).sum(1) / np.linalg.norm(flat[0], axis=1) / np.linalg.norm(flat[1], axis=1)
@@ -71,9 +76,23 @@ def test_gradients_in_float64(regions):
             + cosine_distance(log_p, log_q).mean()
             + kl_divergence(log_p, log_q).mean()
             + entropy(log_p).mean()
+            + squared_distance(log_p, log_q).mean()
+            + normalized_entropy(log_p).mean()
         )
 
     assert torch.autograd.gradcheck(everything, (z, w))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 50])
+def test_distance_and_entropy_do_not_fade_with_many_classes(classes):
+    sure = torch.full((1, classes, 1, 1), -1e4)
+    first, second = sure.clone(), sure.clone()
+    first[:, 0] = second[:, 1] = 1e4
+    first, second, even = (log_probabilities(z, False) for z in (first, second, torch.zeros_like(sure)))
+    assert squared_distance(first, second).item() == pytest.approx(1)
+    assert squared_distance(first, first).item() == 0
+    assert normalized_entropy(even).item() == pytest.approx(1)
+    assert normalized_entropy(first).item() == 0
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.8, 0.999, 1.0])
@@ -150,6 +169,8 @@ def test_extreme_logits_give_finite_values_and_gradients(dtype, name, channels, 
         pseudo_label_cross_entropy(log_p, labels).mean(),
         cosine_distance(log_p, log_q).mean(),
         kl_divergence(log_p, log_q).mean(),
+        squared_distance(log_p, log_q).mean(),
+        *([normalized_entropy(log_p).mean()] if log_p.shape[2] > 1 else []),
     ]
     sum(values).backward()
     assert all(torch.isfinite(v) for v in values)

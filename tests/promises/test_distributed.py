@@ -19,7 +19,7 @@ from torch import multiprocessing
 from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.cli import main
 from nnunet_ssl.demo.synthetic import Sizes, write_dataset
-from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerICT
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 from nnunet_ssl.runtime.distributed import device_of_process, local_rank, mean_over_ranks
 from nnunet_ssl.testing.networks import differing, weights_of
@@ -35,8 +35,14 @@ NAMES = [t.__name__ for t in TRAINERS]
 SEPARABLE = {
     "supervised_fraction": 0.0, "unlabeled_ramp": 0.0, "identity_probability": 1.0,
     "pseudo_label_weight": 0.0, "contrastive_weight": 0.0, "cutmix": "none", "dynamic_weight": 0.0,
+    "feature_weight": 0.0, "noise_std": 0.0, "dropout": 0.0, "first_threshold": 1.0,
 }  # fmt: skip
 STEPS = 5
+
+
+def separable(cls: type) -> dict[str, Any]:
+    """``SEPARABLE``, and without mixtures of images of a rank's own batch."""
+    return SEPARABLE | ({"consistency_weight": 0.0} if cls is nnUNetTrainerICT else {})
 
 
 def gradients(trainer: Any, labeled: dict, unlabeled: dict) -> torch.Tensor:
@@ -92,7 +98,7 @@ def work(rank: int, port: int, folder: str, tiny: TinyDataset, large: TinyDatase
     for dataset in (large, tiny):
         os.environ["nnUNet_preprocessed"] = str(dataset.root / "nnUNet_preprocessed")
         batches = torch.load(dataset.root / "batches.pt")
-        trainer = dataset.initialized(cls, **SEPARABLE)
+        trainer = dataset.initialized(cls, **separable(cls))
         found[f"gradients {len(dataset.patch)}"] = gradients(trainer, *(part(b, rank) for b in batches))
     trainer = tiny.initialized(cls, supervised_fraction=0.0)
     for step in range(STEPS):
@@ -135,7 +141,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         alone = {}
         for dataset in (tiny, large):
             patch.setenv("nnUNet_preprocessed", str(dataset.root / "nnUNet_preprocessed"))
-            trainer = dataset.initialized(cls, **SEPARABLE)
+            trainer = dataset.initialized(cls, **separable(cls))
             batches = dataset.batches(trainer)
             torch.save(batches, dataset.root / "batches.pt")
             alone[len(dataset.patch)] = gradients(trainer, *batches)

@@ -214,8 +214,9 @@ def test_8_dimensions_channels_and_classes(bench, trainer_class, patch, channels
     for name in trainer_class.unlabeled_terms:
         first, second = trainer.logger.get_value(f"ssl_{name}", step=None)
         assert np.isnan(first), f"{name} is off in stage 1"
+        # Where nothing is sure yet, or the strong view is the weak one, a term is 0.
         assert np.isfinite(second)
-        assert second > 0
+        assert trainer.logger.get_value(f"ssl_weight_{name}", step=None)[1] > 0
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS[1:])

@@ -199,7 +199,8 @@ def marks(scenario: str, usual: bool) -> list[pytest.MarkDecorator]:
 
 
 CELLS = list(itertools.product(SCENARIOS, CONFIGURATIONS, NAMES))
-# Every trainer, every configuration and every kind of data at least once.
+# Every trainer, every configuration and every kind of data at least once. What every trainer does with every kind of
+# data, tiny data sets show: test_invariants, test_previous_stage.
 PART = [
     ("labels", "3d_cascade_fullres", "nnUNetTrainerSemiTC"),
     ("ignore", "2d", "nnUNetTrainerSupTC"),
@@ -211,7 +212,20 @@ PART = [
     ("anisotropic", "3d_fullres", "nnUNetTrainerDualNet"),
     ("anisotropic", "3d_fullres", "nnUNetTrainerSupervised"),
     ("regions and ignore", "3d_fullres", "nnUNetTrainerSelfTraining"),
+    ("labels", "2d", "nnUNetTrainerMeanTeacher"),
+    ("labels", "3d_fullres", "nnUNetTrainerUAMT"),
+    ("two channels in listed files", "2d", "nnUNetTrainerICT"),
+    ("anisotropic", "2d", "nnUNetTrainerEM"),
+    ("regions", "2d", "nnUNetTrainerCPS"),
+    ("ignore", "2d", "nnUNetTrainerFixMatch"),
+    ("regions", "3d_fullres", "nnUNetTrainerUniMatch"),
+    ("regions and ignore", "3d_fullres", "nnUNetTrainerBCP"),
 ]
+
+
+def test_the_usual_part_misses_nothing():
+    assert [set(values) for values in zip(*PART)] == [set(SCENARIOS), set(CONFIGURATIONS), set(NAMES)]
+    assert set(PART) < set(CELLS)
 
 
 @pytest.mark.parametrize(("scenario", "configuration", "trainer"), [

@@ -9,7 +9,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-from nnunet_ssl.methods import TRAINERS
+from nnunet_ssl.methods import TRAINERS, nnUNetTrainerFDPL
 from nnunet_ssl.testing.bench import Bench
 from nnunet_ssl.testing.tiny import PATCHES, SCENARIOS, TinyDataset
 
@@ -34,7 +34,7 @@ def test_class_locations_are_nnunets(tmp_path, patch, scenario):
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 def test_batches_have_the_form_of_the_loaders(tmp_path, patch, scenario):
     with Bench(tmp_path / "bench").data(patch, scenario) as tiny:
-        trainer = tiny.trainer(TRAINERS[-1], supervised_fraction=0.0)
+        trainer = tiny.trainer(nnUNetTrainerFDPL, supervised_fraction=0.0)
         trainer.on_train_start()
         loaded = next(trainer.dataloader_train), next(trainer.dataloader_unlabeled)
         made = tiny.batches(trainer)

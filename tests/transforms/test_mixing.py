@@ -1,4 +1,4 @@
-"""Shifted crops, COM and CutMix, against loops over voxels."""
+"""Shifted crops, COM and mixtures, against loops over voxels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from nnunet_ssl.transforms.mixing import compose_pseudo_labels, cutmix_boxes, draw_shift, mix, shifted_crop
+from nnunet_ssl.transforms.mixing import (
+    boxes_of_side,
+    compose_pseudo_labels,
+    cutmix_boxes,
+    draw_beta,
+    draw_shift,
+    mix,
+    mixed_with_others,
+    shifted_crop,
+)
 
 # Patch and margin; the last is anisotropic, with no shift across its slices.
 CASES = {"2d": ((7, 6), (2, 1)), "3d": ((5, 6, 4), (1, 2, 2)), "anisotropic": ((3, 8, 6), (0, 3, 1))}
@@ -151,3 +161,52 @@ def test_mixing_equals_loops_over_voxels(case):
         for voxel in np.ndindex(patch):
             source = partner if boxes[(image, 0, *voxel)] else own
             assert torch.equal(mixed[(image, slice(None), *voxel)], source[(image, slice(None), *voxel)])
+
+
+@pytest.mark.parametrize("shape", [(32, 24), (16, 20, 24), (4, 32, 32), (1, 16)])
+@pytest.mark.parametrize("side", [0.01, 0.25, 0.667, 1.0])
+def test_boxes_of_a_side_have_it_along_every_axis_and_lie_anywhere(shape, side):
+    boxes = boxes_of_side(300, shape, side, torch.Generator().manual_seed(0))
+    assert boxes.shape == (300, 1, *shape)
+    length = [max(1, round(side * whole)) for whole in shape]
+    corners = set()
+    for box in boxes[:, 0]:
+        places = box.nonzero()
+        lower, upper = places.min(0).values, places.max(0).values + 1
+        assert (upper - lower).tolist() == length
+        assert len(places) == np.prod(length)
+        corners.add(tuple(lower.tolist()))
+    for axis, (whole, part) in enumerate(zip(shape, length)):
+        found = [corner[axis] for corner in corners]
+        assert min(found) == 0
+        assert max(found) == whole - part, "the last place is never drawn"
+
+
+def test_boxes_of_a_side_come_from_the_generator():
+    boxes = [boxes_of_side(3, (16, 16), 0.5, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(boxes[0], boxes[1])
+    assert not torch.equal(boxes[0], boxes[2])
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 1.0])
+def test_shares_of_mixtures_are_beta_distributed(alpha):
+    drawn = draw_beta(4000, alpha, torch.Generator().manual_seed(0)).double().numpy()
+    assert ((drawn >= 0) & (drawn <= 1)).all()
+    # float32 rounds what is nearly 0 or 1, where a small alpha puts most: there the distribution has steps.
+    for place in (0.001, 0.05, 0.3, 0.5, 0.7, 0.95, 0.999):
+        assert (drawn <= place).mean() == pytest.approx(stats.beta(alpha, alpha).cdf(place), abs=0.03)
+    again = draw_beta(5, alpha, torch.Generator().manual_seed(0))
+    assert torch.equal(again, draw_beta(5, alpha, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_image_is_mixed_with_another_one(count):
+    own, further = torch.randn(count, 2, 6, 5), torch.randn(2, 2, 6, 5)
+    boxes = cutmix_boxes(count, (6, 5), 0.4, torch.Generator().manual_seed(0))
+    mixed = mixed_with_others(own, further, boxes)
+    for i in range(count):
+        other = own[i - 1] if count > 1 else further[0]
+        inside = boxes[i, 0]
+        assert torch.equal(mixed[i][:, inside], other[:, inside])
+        assert torch.equal(mixed[i][:, ~inside], own[i][:, ~inside])
+    assert mixed_with_others(own, further, None) is own
