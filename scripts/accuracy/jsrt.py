@@ -13,14 +13,13 @@ where it stopped.
 
 from __future__ import annotations
 
-from options import Variant, parse_arguments
+from options import ROWS, parse_arguments
 from runs import Experiment
 
 # These labels name sides, which mirrored or turned images hardly tell apart.
 UPRIGHT = ("mirror_axes=[]", "rotation_degrees=15")
 # In trainings as short as that of the CPU nnU-Net's learning rate of 0.01 finds no clavicle.
 SETTINGS = {"cpu": (*UPRIGHT, "initial_lr=0.05")}
-ROWS = {name: Variant(name, name) for name in ("Supervised", "SupTC", "SemiTC", "SemiTCPlus", "DualNet", "FDPL")}
 PAPER = {
     "labeled": ["5", "10", "25", "50", "all"],
     "folds": [0, 1, 2, 0, 1],

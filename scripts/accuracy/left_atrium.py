@@ -12,23 +12,18 @@ the script resumes where it stopped.
 
 from __future__ import annotations
 
-from options import Variant, parse_arguments
+from options import ROWS, Variant, parse_arguments
 from runs import Experiment
 
-from nnunet_ssl.methods import nnUNetTrainerDualNet
-
+TERMS = ("pseudo_label", "consistency", "uncertainty", "contrastive")
 ROWS = {
-    **{name: Variant(name, name) for name in ("Supervised", "SupTC", "SemiTC", "SemiTCPlus", "DualNet", "FDPL")},
+    **ROWS,
     "Partner": Variant("Supervised, partner network", "Supervised", partner_network=True),
-    **{
-        f"DualNet-{term}": Variant(f"DualNet without {term}", "DualNet", (f"DualNet.{term}_weight=0",))
-        for term in nnUNetTrainerDualNet.unlabeled_terms
-        if not term.endswith("_partner")
-    },
+    **{f"DualNet-{t}": Variant(f"DualNet without {t}", "DualNet", (f"DualNet.{t}_weight=0",)) for t in TERMS},
     "FDPL-fixed-only": Variant("FDPL, fixed only", "FDPL", ("FDPL.dynamic_weight=0",)),
     "FDPL-dynamic-only": Variant("FDPL, dynamic only", "FDPL", ("FDPL.fixed_weight=0",)),
     "FDPL-cutmix": Variant("FDPL without CutMix", "FDPL", ("FDPL.cutmix=none",)),
-    "FDPL-cutmix-both": Variant("FDPL, CutMix for both", "FDPL", ("FDPL.cutmix=both",)),
+    "FDPL-cutmix-both": Variant("FDPL, CutMix for both networks", "FDPL", ("FDPL.cutmix=both",)),
 }
 PAPER = {
     "labeled": ["8", "16"],
@@ -38,7 +33,8 @@ PAPER = {
     "rows": ["Supervised", "SupTC", "SemiTC", "SemiTCPlus", "DualNet", "FDPL"],
 }
 SCALES = {
-    "smoke": {"labeled": ["2"], "folds": [0], "draws": [0], "seeds": [1], "rows": ["Supervised", "DualNet", "FDPL"]}
+    "smoke": {"labeled": ["2"], "folds": [0], "draws": [0], "seeds": [1]}
+    | {"rows": ["Supervised", "DualNet", "FDPL-both", "Two"]}
     | {"downscale": 2.0, "patch_size": [16, 32, 32], "batch_size": 2, "base_features": 4, "max_features": 8}
     | {"epochs": 2, "iterations": 2},
     "cpu": PAPER | {"downscale": 2.0, "patch_size": [16, 24, 32], "batch_size": 4, "base_features": 8}

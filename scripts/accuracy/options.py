@@ -14,12 +14,30 @@ from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: a trainer, with settings of its own, perhaps on the partner network."""
+    """One row of a table: a trainer, with settings of its own, perhaps on the partner network.
+
+    Attributes:
+        name: In tables.
+        trainer: Short name.
+        settings: Of this row alone, as for nnunet-ssl configure.
+        partner_network: Whether the network is the one that DualNet pairs with the plans' own.
+        longer: How many times as many epochs as the other rows.
+        averaged: How many trainings, with seeds of their own, predict together.
+        both: Whether the further network of each training predicts too.
+    """
 
     name: str
     trainer: str
     settings: tuple[str, ...] = ()
     partner_network: bool = False
+    longer: int = 1
+    averaged: int = 1
+    both: bool = False
+
+    @property
+    def predicts_together(self) -> bool:
+        """Whether several networks do."""
+        return self.both or self.averaged > 1
 
     @property
     def trainer_class(self) -> type[SemiSupervisedTrainer]:
@@ -51,6 +69,41 @@ class Training:
     variant: Variant
     plans: str
     fold: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's part of a column: the trainings whose networks predict, one after all or several together."""
+
+    variant: Variant
+    trainings: tuple[Training, ...]
+
+
+METHODS = (
+    *("SupTC", "SemiTC", "SemiTCPlus", "DualNet", "FDPL", "MeanTeacher", "UAMT", "ICT", "EM", "CPS", "FixMatch"),
+    *("UniMatch", "BCP"),
+)
+# EM without its term is training on labels alone; with unlabeled images that come on top, on full batches.
+_LABELS_ALONE = ("EM.entropy_weight=0", "EM.unlabeled_examples=added")
+_ELASTIC = ("SupTC.consistency_weight=0", "SupTC.supervised_fraction=0")
+# What a gain must be seen beside: each differs from Supervised by what some method does besides using images without
+# labels.
+CONTROLS = {
+    "Supervised": Variant("Supervised", "Supervised"),
+    "Longer": Variant("Supervised, twice as long", "Supervised", longer=2),
+    "Restart": Variant("Supervised, restart", "EM", (*_LABELS_ALONE, "EM.supervised_fraction=0.5")),
+    "Elastic": Variant("Supervised, moved twice", "SupTC", _ELASTIC),
+    "Averaged": Variant("Supervised, averaged weights", "Supervised", ("averaged_decay=0.99",)),
+    "Two": Variant("Supervised, two networks", "Supervised", averaged=2),
+    "SupTC-consistency": Variant("SupTC without consistency", "SupTC", ("SupTC.consistency_weight=0",)),
+    "SemiTC-consistency": Variant("SemiTC without consistency", "SemiTC", ("SemiTC.consistency_weight=0",)),
+    "BCP-pseudo": Variant("BCP without pseudo-labels", "BCP", ("BCP.pseudo_label_weight=0",)),
+}
+ROWS = {
+    **CONTROLS,
+    **{name: Variant(name, name) for name in METHODS},
+    **{f"{name}-both": Variant(f"{name}, both networks", name, both=True) for name in ("DualNet", "FDPL", "CPS")},
+}
 
 
 def parse_arguments(

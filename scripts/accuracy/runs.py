@@ -7,21 +7,17 @@ on several devices at once.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from options import Split, Training, Variant
-from tables import Costs, Values, collect, first_row, overview, summary, summary_table, tables
+from options import Cell, Split, Training, Variant
+from reports import Comparisons, compare
 
 from nnunet_ssl.data.raw_images import TEST_FOLDER, UNLABELED_FOLDER
 from nnunet_ssl.data.splits import hide_labels
@@ -59,7 +55,7 @@ class Experiment:
         self.dataset = arguments.data.resolve().name
         self.preprocessed = self.out / "nnUNet_preprocessed" / self.dataset
         self.results = self.out / "nnUNet_results" / self.dataset
-        budget = [f"num_epochs={arguments.epochs}", f"num_iterations_per_epoch={arguments.iterations}"]
+        budget = [f"num_iterations_per_epoch={arguments.iterations}"]
         if arguments.devices[0] == "cpu":
             budget += ["num_val_iterations_per_epoch=1", f"cpu_bfloat16={str(cpu_has_bfloat16()).lower()}"]
         self.settings = [*budget, *settings, *arguments.settings]
@@ -104,26 +100,36 @@ class Experiment:
 
     def table(self, variants: Sequence[Variant]) -> None:
         """Train every variant on every split, with every number of labels and seed that was asked for, and compare."""
+        variants = sorted(variants, key=lambda variant: variant.predicts_together)
         plans: dict[tuple[Variant, int], str] = {}
         for seed in self.arguments.seeds:
             for variant in variants:
                 # Trainers without settings of their own share plans.
                 own = "".join(c for c in variant.name.title() if c.isalnum())
-                kind = own if variant.settings or variant.partner_network else "All"
-                plans[variant, seed] = f"nnUNetPlansTable_{kind}_{seed}"
-            for name in sorted({plans[variant, seed] for variant in variants}):
-                variant = next(v for v in variants if plans[v, seed] == name)
-                self.configure(variant, name, [f"seed={seed}"])
-        tables: dict[str, tuple[list[Split], dict[str, list[Training]]]] = {}
+                kind = own if variant.settings or variant.partner_network or variant.longer > 1 else "All"
+                for further in _seeds(variant, seed):
+                    plans[variant, further] = f"nnUNetPlansTable_{kind}_{further}"
+        for name in sorted(set(plans.values())):
+            variant, seed = next(key for key, value in plans.items() if value == name)
+            self.configure(variant, name, [f"seed={seed}"])
+        tables: Comparisons = {}
         for labeled in self.arguments.labeled:
             splits = self.splits(labeled)
             folds = [self.fold(split, labeled) for split in splits]
             for seed in self.arguments.seeds:
                 title = f"{labeled} labeled" + (f", seed {seed}" if len(self.arguments.seeds) > 1 else "")
                 rows = [v for v in variants if v.has_something_to_learn(labeled)]
-                tables[title] = splits, {v.name: [Training(v, plans[v, seed], fold) for fold in folds] for v in rows}
-        self.run(training for _, table in tables.values() for row in table.values() for training in row)
-        self.compare(tables)
+                cells = {
+                    v.name: [
+                        Cell(v, tuple(Training(v, plans[v, further], fold) for further in _seeds(v, seed)))
+                        for fold in folds
+                    ]
+                    for v in rows
+                }
+                tables[title] = splits, cells
+        every = (cell for _, table in tables.values() for row in table.values() for cell in row)
+        self.run(training for cell in every for training in cell.trainings)
+        compare(self, tables)
 
     def splits(self, labeled: str) -> list[Split]:
         """The splits with so many labels, draw by draw; draws do not differ where every case keeps its label."""
@@ -152,7 +158,8 @@ class Experiment:
 
     def configure(self, variant: Variant, plans: str, settings: Sequence[str] = ()) -> None:
         """Write the plans of a variant's trainings."""
-        chosen = [*self.settings, *settings, *variant.settings]
+        length = f"num_epochs={self.arguments.epochs * variant.longer}"
+        chosen = [length, *self.settings, *settings, *variant.settings]
         pairs = [word for setting in chosen for word in ("--set", setting)]
         network = ["-c", self.configuration, "--partner-network"] if variant.partner_network else []
         source = ("-d", self.dataset, "-p", _SMALL, "-o", plans, "--overwrite")
@@ -192,7 +199,8 @@ class Experiment:
             SystemExit: Where one that is there was trained with other settings than those asked for.
         """
         waiting: queue.Queue[Training] = queue.Queue()
-        for training in dict.fromkeys(trainings):
+        # Rows may share trainings.
+        for training in {(self.model(training), training.fold): training for training in trainings}.values():
             self._refuse_other_settings(training)
             waiting.put(training)
         failures: list[BaseException] = []
@@ -238,8 +246,8 @@ class Experiment:
             kept = [folder / f"checkpoint_{name}.pth" for name in ("final", "latest")]
             go_on = ["--c"] if any(file.exists() for file in kept) else []
             target = (self.dataset, self.configuration, str(training.fold), *words, trainer, "-device", kind, *go_on)
-            commands.run("nnUNetv2_train", *target, epochs=self.arguments.epochs)
-        output = self._test_predictions(training)
+            commands.run("nnUNetv2_train", *target, epochs=self.arguments.epochs * training.variant.longer)
+        output = self.test_predictions(training)
         if self.arguments.test_images is not None and not output.exists():
             unfinished = output.with_name(f"{output.name}.part")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -248,99 +256,11 @@ class Experiment:
             commands.run("nnUNetv2_predict", *source, *target, "-npp", "1", "-nps", "1")
             os.replace(unfinished, output)
 
-    def _test_predictions(self, training: Training) -> Path:
+    def test_predictions(self, training: Training) -> Path:
+        """Where the predictions of test cases lie."""
         return self.out / "test_predictions" / self.model(training).name / f"fold_{training.fold}"
 
-    def compare(self, comparisons: Mapping[str, tuple[Sequence[Split], Mapping[str, Sequence[Training]]]]) -> None:
-        """Write reports, and write and print tables of Dice, IoU and HD95: of validation cases, and of test cases.
 
-        Args:
-            comparisons: By title, which is the name of their folder of reports and tables.md too: the splits, which are
-                columns, and by row a training per split. Several share an overview.md, where each is one column.
-        """
-        found: dict[str, dict[str, Values]] = {"validation cases": {}, "test cases": {}}
-        for title, (splits, trainings) in comparisons.items():
-            reports = self.out / "reports" / title.replace(" ", "_").replace(",", "")
-            found["validation cases"][title] = self._compare_validation_cases(reports, splits, trainings)
-            if self.arguments.test_images is not None:
-                found["test cases"][title] = self._compare_test_cases(reports, splits, trainings)
-            columns = [split.name for split in splits]
-            _write_and_print(
-                reports / "tables.md",
-                (tables(f"{title}, {cases}", of[title], columns) for cases, of in found.items() if of),
-            )
-        if len(comparisons) > 1:
-            file = self.out / "reports" / "overview.md"
-            _write_and_print(file, (overview(cases, of) for cases, of in found.items() if of))
-        self._summarize(comparisons, found["validation cases"])
-
-    def _summarize(
-        self,
-        comparisons: Mapping[str, tuple[Sequence[Split], Mapping[str, Sequence[Training]]]],
-        found: Mapping[str, Values],
-    ) -> None:
-        """Write and print what every row gains and costs: summary.md, summary.csv and summary.json."""
-        records: dict[str, list[dict[str, Any]]] = {}
-        for title, (splits, trainings) in comparisons.items():
-            # All labels, with the same seed; their splits are nnU-Net's folds.
-            whole = f"all labeled{title.partition('labeled')[2]}"
-            ceiling: dict[str, np.ndarray] = {}
-            if whole in found and whole != title:
-                bases = [split.base for split in comparisons[whole][0]]
-                places = [bases.index(split.base) for split in splits]
-                ceiling = {metric: first_row(of)[places] for metric, of in found[whole].items()}
-            costs = {row: [self._costs(training) for training in of_row] for row, of_row in trainings.items()}
-            records[title] = summary(found[title], ceiling, costs)
-        text = "".join(summary_table(title, of_one) for title, of_one in records.items())
-        reports = self.out / "reports"
-        _write_and_print(reports / "summary.md", [text])
-        write_atomically(str(reports / "summary.json"), json.dumps(records, indent=1).encode())
-        flat = [{"title": title, **record} for title, of_one in records.items() for record in of_one]
-        table = io.StringIO()
-        writer = csv.DictWriter(table, [name for name in flat[0] if name != "splits"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(flat)
-        write_atomically(str(reports / "summary.csv"), table.getvalue().encode())
-
-    def _costs(self, training: Training) -> Costs:
-        record = load_json(str(self.model(training) / f"fold_{training.fold}" / RECORD_FILE))
-        costs = record.get("costs", {})
-        memory = costs.get("peak_memory_mib")
-        return Costs(costs.get("seconds", np.nan), np.nan if memory is None else memory)
-
-    def _compare_validation_cases(
-        self, reports: Path, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]
-    ) -> Values:
-        first = next(iter(trainings.values()))
-        values: Values = {}
-        # Splits that hold out the same cases go to reports of their own.
-        for draw in sorted({split.draw for split in splits}):
-            chosen = [i for i, split in enumerate(splits) if split.draw == draw]
-            rows = {row: [of_row[i] for i in chosen] for row, of_row in trainings.items()}
-            report = reports / f"draw_{draw}"
-            target = ("-d", self.dataset, "-c", self.configuration, "-f", *(str(first[i].fold) for i in chosen))
-            names = [f"nnUNetTrainer{of_row[0].variant.trainer}" for of_row in rows.values()]
-            plans = [of_row[0].plans for of_row in rows.values()]
-            self.commands.run(
-                "nnunet-ssl", "compare", *target, "-tr", *names, "-p", *plans, "-o", str(report), "-np", "2"
-            )
-            collect(report / "comparison.csv", rows, [str(first[i].fold) for i in chosen], values)
-        return values
-
-    def _compare_test_cases(
-        self, reports: Path, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]
-    ) -> Values:
-        values: Values = {}
-        for i, split in enumerate(splits):
-            report = reports / f"test_{split.base}_{split.draw}"
-            folders = [f"{row}={self._test_predictions(of_row[i])}" for row, of_row in trainings.items()]
-            words = ("--labels", str(self.arguments.test_labels), "--images", str(self.arguments.test_images))
-            self.commands.run("nnunet-ssl", "compare", "--predictions", *folders, *words, "-o", str(report), "-np", "2")
-            collect(report / "comparison.csv", trainings, [""], values)
-        return values
-
-
-def _write_and_print(file: Path, parts: Iterable[str]) -> None:
-    text = "".join(parts)
-    write_atomically(str(file), text.encode())
-    print(text, end="", flush=True)
+def _seeds(variant: Variant, seed: int) -> list[int]:
+    """Of a row's trainings: its own, and others for those that predict together with it."""
+    return [seed + 1000 * place for place in range(variant.averaged)]

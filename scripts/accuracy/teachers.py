@@ -88,7 +88,8 @@ def strong_and_weak(patch_size: tuple[int, ...]) -> Views:
 
 def patch_of(volume: np.ndarray, start: list[int], size: tuple[int, ...]) -> np.ndarray:
     """From ``start``, padded with zeros where the volume ends, (C, *size)."""
-    part = volume[(slice(None), *(slice(s, s + n) for s, n in zip(start, size)))]
+    box = (slice(None), *(slice(s, s + n) for s, n in zip(start, size)))
+    part = volume[box]
     return np.pad(part, [(0, 0), *((0, n - have) for n, have in zip(size, part.shape[1:]))])
 
 
