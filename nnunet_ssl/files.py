@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -33,6 +34,17 @@ def replace_atomically(path: str, write: Callable[[str], None]) -> None:
 def write_atomically(path: str, content: bytes) -> None:
     """Write bytes to ``path``; see ``replace_atomically``."""
     write_together({path: content})
+
+
+def write_among_others(path: str, content: bytes) -> None:
+    """Write bytes that several processes or machines may be writing at once, all the same; the last one stays.
+
+    Raises:
+        UserError: Where the file cannot be written.
+    """
+    own = f"{path}.{socket.gethostname()}-{os.getpid()}"
+    write_atomically(own, content)
+    os.replace(own, path)
 
 
 def write_together(contents: Mapping[str, bytes]) -> None:

@@ -15,6 +15,8 @@ VERBS = {
     "trainers": "list the trainers and their hyper-parameters",
     "preprocess": "preprocess the images without labels",
     "cascade": "segment the unlabeled images with a cascade's first stage, for its second",
+    "pseudo-label": "label the unlabeled images by trained models or from files, for nnUNetTrainerSelfTraining",
+    "self-train": "train, label the unlabeled images and train anew on both, in rounds",
     "split": "append folds that hide the labels of some cases, for experiments",
     "configure": "write a plans file with hyper-parameters, or with a smaller network",
     "check": "put trainers to the test that all of this package pass, yours too",
@@ -37,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunet-ssl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, purpose in VERBS.items():
-        module = importlib.import_module(f"nnunet_ssl.cli.{verb}")
+        module = importlib.import_module(f"nnunet_ssl.cli.{verb.replace('-', '_')}")
         sub = verbs.add_parser(verb, help=purpose, description=module.__doc__)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     from nnunet_ssl.data.raw_images import UNLABELED_FOLDER, raw_identifiers
-    from nnunet_ssl.data.splits import NNUNET_NUM_FOLDS, hide_labels, load_or_make_splits, write_splits
+    from nnunet_ssl.data.splits import INNER_FOLD_OF, NNUNET_NUM_FOLDS, hide_labels, load_or_make_splits, write_splits
     from nnunet_ssl.nnunet.folders import dataset_name, read_dataset_json, require_variables
 
     raw, preprocessed = require_variables("nnUNet_raw", "nnUNet_preprocessed")
@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     identifiers = list(get_filenames_of_train_images_and_targets(str(raw / name), dataset_json))
     splits_file = folder / "splits_final.json"
     splits = load_or_make_splits(str(splits_file), identifiers)
-    own = [number for number, fold in enumerate(splits[:NNUNET_NUM_FOLDS]) if "unlabeled" not in fold]
+    ours = {"unlabeled", INNER_FOLD_OF}
+    own = [number for number, fold in enumerate(splits[:NNUNET_NUM_FOLDS]) if not ours & set(fold)]
     folds = sorted(set(arguments.folds)) if arguments.folds is not None else own
     new = hide_labels(splits, folds, sorted(set(arguments.labeled)), arguments.seed)
     write_splits(str(splits_file), [*splits, *(fold.split for fold in new)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.data.cases import UnlabeledCase
-from nnunet_ssl.data.views import STRONG, STRONG_2, VIEWS, WEAK
+from nnunet_ssl.data.views import PSEUDO_LABELS, STRONG, STRONG_2, VIEWS, WEAK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Unlabeled:
 
     Attributes:
         keys: Identifiers of the B cases.
-        views: By name, each (B, C, *(S + 2 unlabeled_margin)). All show the same patches, voxel by voxel.
+        views: By name, each (B, C, *(S + 2 unlabeled_margin)). All show the same patches, voxel by voxel; pseudo-labels
+            of them, (B, 1, *S), stand among them.
     """
 
     keys: list[str]
@@ -55,7 +56,7 @@ class Unlabeled:
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Unlabeled:
         """From what the unlabeled loader gives."""
-        return cls(list(batch["keys"]), {name: batch[name] for name in VIEWS if name in batch})
+        return cls(list(batch["keys"]), {name: batch[name] for name in (*VIEWS, PSEUDO_LABELS) if name in batch})
 
     def to(self, device: torch.device) -> Unlabeled:
         """The same on a device."""
@@ -75,6 +76,11 @@ class Unlabeled:
     def strong_2(self) -> Tensor:
         """Like ``strong``, with intensities drawn anew."""
         return self._view(STRONG_2)
+
+    @property
+    def pseudo_labels(self) -> Tensor:
+        """The stored labels of the patches, (B, 1, *S) integers; ``data.pseudo_labels.UNCERTAIN`` where none is."""
+        return self._view(PSEUDO_LABELS)
 
     def _view(self, name: str) -> Tensor:
         if name not in self.views:

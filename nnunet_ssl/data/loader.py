@@ -1,7 +1,7 @@
 """The image-only view of unlabeled cases, and their loader.
 
 Nothing in this module opens a label: cases with labels lie beside theirs in nnU-Net's folder, and the view below
-reads the image file alone.
+reads the image file alone. Pseudo-labels, which have a folder of their own, are read for methods that ask for them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 from nnunet_ssl.data.augmentation import Augmentation, initial_patch_size
 from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.previous_stage import PreviousStage
-from nnunet_ssl.data.views import STRONG, Views
+from nnunet_ssl.data.pseudo_labels import PseudoLabels, as_learned
+from nnunet_ssl.data.views import PSEUDO_LABELS, STRONG, Views
 from nnunet_ssl.data.workers import in_background_workers
 
 # Of order-3 splines in regions of zeros, in units of the normalized image's standard deviation.
@@ -55,8 +56,9 @@ class UnlabeledDataset:
 class UnlabeledDataLoader(nnUNetDataLoader):
     """Random patches of unlabeled images, with nnU-Net's cropping and the transforms it is given.
 
-    Yields every wanted view by its name, (B, C, *S) float32, and ``keys``, the B identifiers. Labeled patches are
-    centered on structures in part; here no structure is known, but places that show nothing but air are drawn anew.
+    Yields every wanted view by its name, (B, C, *S) float32, and ``keys``, the B identifiers; with pseudo-labels, these
+    too, (B, 1, *S) int16. Labeled patches are centered on structures in part; here no structure is known, but places
+    that show nothing but air are drawn anew.
 
     Args:
         dataset: Image-only view.
@@ -71,6 +73,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         previous_stage: What the second stage of a cascade sees besides the image: further channels of what the
             transforms return.
         views: Wanted views, see ``Views``.
+        pseudo_labels: Of every case, where the views name them.
     """
 
     def __init__(
@@ -84,11 +87,13 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         masked_channels: Sequence[int] = (),
         previous_stage: PreviousStage | None = None,
         views: Sequence[str] = (STRONG,),
+        pseudo_labels: PseudoLabels | None = None,
     ) -> None:
         in_views = Views(transforms, views)
         super().__init__(dataset, batch_size, patch_size, final_patch_size, label_manager, transforms=in_views)
         self.masked_channels = list(masked_channels)
         self.previous_stage = previous_stage
+        self.pseudo_labels = pseudo_labels if PSEUDO_LABELS in views else None
         # With an ignore label nnU-Net's cropping looks for annotated voxels. There are none here.
         self.has_ignore = False
         self._spreads: dict[str, float] = {}
@@ -113,6 +118,12 @@ class UnlabeledDataLoader(nnUNetDataLoader):
             # nnU-Net's transforms look for the previous segmentation behind the mask.
             mask = data.get("segmentation", torch.zeros_like(previous))
             data["segmentation"] = torch.cat([mask, previous])
+        if self.pseudo_labels is not None:
+            # Outside of the image is background, as nnU-Net has it for labels.
+            cropped = crop_and_pad_nd(self.pseudo_labels.load(key), box, 0)
+            labels = torch.from_numpy(as_learned(cropped)).reshape(1, *patch.shape[1:])
+            before = [data["segmentation"]] if "segmentation" in data else []
+            data["segmentation"] = torch.cat([*before, labels])
         views: dict[str, Tensor] = self.transforms(**data)
         return views
 
@@ -174,6 +185,7 @@ class LoaderSettings:
         previous_stage: For the second stage of a cascade.
         pin_memory: Whether batches go to a GPU.
         timeout: How long to wait for a batch, in seconds.
+        pseudo_labels: Where the views name them.
     """
 
     batch_size: int
@@ -187,6 +199,7 @@ class LoaderSettings:
     previous_stage: PreviousStage | None
     pin_memory: bool
     timeout: float
+    pseudo_labels: PseudoLabels | None = None
 
 
 def make_unlabeled_loader(cases: Sequence[UnlabeledCase], settings: LoaderSettings) -> Iterator[dict[str, Any]]:
@@ -218,5 +231,6 @@ def make_unlabeled_loader(cases: Sequence[UnlabeledCase], settings: LoaderSettin
         masked_channels=[channel for channel, is_masked in enumerate(masked) if is_masked],
         previous_stage=settings.previous_stage,
         views=settings.views,
+        pseudo_labels=settings.pseudo_labels,
     )
     return in_background_workers(loader, settings.pin_memory, settings.timeout)

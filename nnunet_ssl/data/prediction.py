@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import blosc2
 import torch
 from nnunetv2.inference.export_prediction import resample_and_save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
 
 from nnunet_ssl.data.preprocessing import TEST_SUFFIX, UNLABELED_SUFFIX, preprocessed_cases
 from nnunet_ssl.errors import UserError
@@ -35,11 +37,12 @@ class TrainedModel:
 
     def __init__(self, folder: Path, folds: Sequence[str], device: torch.device) -> None:
         self.folder = folder
-        self._checkpoints = [folder / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
+        self.checkpoints = [folder / f"fold_{fold}" / "checkpoint_final.pth" for fold in folds]
         on_device = device.type == "cuda"
         self._predictor = nnUNetPredictor(device=device, perform_everything_on_device=on_device, allow_tqdm=False)
         self._predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), "checkpoint_final.pth")
         self.plans = self._predictor.plans_manager
+        self.configuration_name = folder.name.rpartition("__")[2]
         self.configuration = self._predictor.configuration_manager
 
     def segment(
@@ -60,12 +63,44 @@ class TrainedModel:
 
         def is_done(case: str, files: ImageFiles) -> bool:
             made = output / f"{case}.b2nd"
-            sources = (*files, *self._checkpoints)
+            sources = (*files, *self.checkpoints)
             return made.is_file() and made.stat().st_mtime >= max(file.stat().st_mtime for file in sources)
 
         todo = {case: files for case, files in cases.items() if overwrite or not is_done(case, files)}
         output.mkdir(parents=True, exist_ok=True)
         return len(todo), (self._segment(case, files, output) for case, files in todo.items())
+
+    @property
+    def labels(self) -> LabelManager:
+        """What its channels mean."""
+        return self.plans.get_label_manager(self._predictor.dataset_json)
+
+    def probabilities(self, image: Tensor) -> Tensor:
+        """Of classes or regions, (K, *S) in float32; sliding windows and mirroring as nnU-Net predicts.
+
+        Args:
+            image: (C, *S), preprocessed with the model's plans.
+        """
+        logits = self._predictor.predict_logits_from_preprocessed_data(image)
+        return cast(Tensor, self.labels.apply_inference_nonlin(logits.cpu()))
+
+    def mirrored_probabilities(self, image: Tensor) -> Iterator[Tensor]:
+        """Of the image, and of its mirror image along each axis that the model may be mirrored along, mirrored back.
+
+        Each by itself: nnU-Net's prediction is the mean of all.
+
+        Args:
+            image: (C, *S), preprocessed with the model's plans.
+        """
+        predictor, first = self._predictor, image.ndim - len(self.configuration.patch_size)
+        axes = [[], *([first + axis] for axis in predictor.allowed_mirroring_axes or ())]
+        before, predictor.use_mirroring = predictor.use_mirroring, False
+        try:
+            for turned in axes:
+                found = self.probabilities(image.flip(turned) if turned else image)
+                yield found.flip(turned) if turned else found
+        finally:
+            predictor.use_mirroring = before
 
     def _segment(self, case: str, files: ImageFiles, output: Path) -> str:
         data = torch.from_numpy(blosc2.open(urlpath=str(files.image), mode="r")[:]).float()

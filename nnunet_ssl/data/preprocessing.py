@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.raw_images import CaseReport, RawCase, number_of_channels
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import replace_atomically, write_atomically
+from nnunet_ssl.files import replace_atomically, write_among_others
 
 UNLABELED_SUFFIX = "_unlabeled"
 TEST_SUFFIX = "_test_images"
@@ -125,19 +124,13 @@ def preprocess_cases(
     if done:
         check_same_preprocessing(output_folder, settings)
     os.makedirs(output_folder, exist_ok=True)
-    _write_settings(os.path.join(output_folder, SETTINGS_FILE), settings)
+    # Parts of the work on several machines write it at once.
+    write_among_others(os.path.join(output_folder, SETTINGS_FILE), json.dumps(settings, indent=2).encode())
     todo = [case for case in cases if case.identifier not in done or _is_newer(case, output_folder)]
     arguments = (plans, configuration, dataset_json, output_folder)
     if num_processes == 1 or len(todo) < 2:
         return len(todo), (preprocess_case(case, *arguments) for case in todo)
     return len(todo), _in_processes(preprocess_case, todo, arguments, min(num_processes, len(todo)))
-
-
-def _write_settings(file: str, settings: dict[str, Any]) -> None:
-    """Parts of the work on several machines write it at once, each under a temporary name of its own."""
-    temporary = f"{file}.{socket.gethostname()}-{os.getpid()}"
-    write_atomically(temporary, json.dumps(settings, indent=2).encode())
-    os.replace(temporary, file)
 
 
 def _in_processes(

@@ -20,6 +20,8 @@ from nnunet_ssl.nnunet.folders import read_json
 # nnU-Net's own, so that the default folds made here are the ones it would have made.
 NNUNET_SPLIT_SEED = 12345
 NNUNET_NUM_FOLDS = 5
+# In a fold of the file: the fold that it was made in.
+INNER_FOLD_OF = "inner_fold_of"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,66 @@ def hide_labels(
             _refuse_existing(splits, split, count)
             new.append(NewFold(len(splits) + len(new), base, split))
     return new
+
+
+def outer_fold(splits_file: Path, fold: int | str) -> int | str:
+    """The fold that an inner one was made in; any other fold itself."""
+    if fold == "all" or not splits_file.is_file():
+        return fold
+    splits = read_splits(str(splits_file))
+    outer: int | str = splits[int(fold)].get(INNER_FOLD_OF, fold) if int(fold) < len(splits) else fold
+    return outer
+
+
+def cases_to_report(splits_file: Path, fold: int | str) -> list[str]:
+    """The validation cases of a fold or, for an inner one, of the fold it was made in; none of fold "all"."""
+    outer = outer_fold(splits_file, fold)
+    if outer == "all" or not splits_file.is_file():
+        return []
+    splits = read_splits(str(splits_file))
+    return list(splits[int(outer)]["val"]) if int(outer) < len(splits) else []
+
+
+def inner_folds(
+    splits: Sequence[dict[str, Any]], outer: int | str, identifiers: Sequence[str], members: int
+) -> list[tuple[int, dict[str, Any]]]:
+    """Folds inside a fold, for the members of an ensemble: each leaves out another part of its labeled cases.
+
+    None of them trains on a validation case of the outer fold, and nnU-Net validates them on these cases; inside fold
+    "all", which has none, on the part that is left out. Cases whose labels the outer fold hides stay hidden.
+
+    Args:
+        splits: The folds there are.
+        outer: Number of one of them, or "all".
+        identifiers: All labeled cases, for "all".
+        members: How many.
+
+    Returns:
+        Numbers and folds: those that are in the file already, and new ones, numbered as they will stand there.
+
+    Raises:
+        UserError: For a fold that does not exist.
+    """
+    if outer != "all" and int(outer) not in range(len(splits)):
+        raise UserError(f"There is no fold {outer}; the file has the folds 0 to {len(splits) - 1}.")
+    fold = {"train": list(identifiers), "val": []} if outer == "all" else splits[int(outer)]
+    order = [str(c) for c in np.random.default_rng(NNUNET_SPLIT_SEED).permutation(sorted(fold["train"]))]
+    made: list[tuple[int, dict[str, Any]]] = []
+    new = 0
+    for member in range(members):
+        left_out = order[member::members]
+        split: dict[str, Any] = {
+            "train": sorted(set(order) - set(left_out)),
+            "val": sorted(fold["val"] or left_out),
+            INNER_FOLD_OF: outer if outer == "all" else int(outer),
+        }
+        if "unlabeled" in fold:
+            split["unlabeled"] = list(fold["unlabeled"])
+        number = next((i for i, existing in enumerate(splits) if existing == split), None)
+        if number is None:
+            number, new = len(splits) + new, new + 1
+        made.append((number, split))
+    return made
 
 
 def write_splits(splits_file: str, splits: Sequence[dict[str, Any]]) -> None:

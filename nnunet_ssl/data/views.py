@@ -13,17 +13,23 @@ from torch import Tensor
 from nnunet_ssl.errors import UserError
 
 STRONG, WEAK, STRONG_2 = VIEWS = ("strong", "weak", "strong_2")
+# Asked for like a view: the stored pseudo-labels of the same patch, moved with it.
+PSEUDO_LABELS = "pseudo_labels"
 
 
 def check_views(names: Sequence[str]) -> tuple[str, ...]:
-    """Views in the order of ``VIEWS``.
+    """Views in the order of ``VIEWS``, and pseudo-labels last.
 
     Raises:
         UserError: Where there is none, one has another name, or one is named twice.
     """
-    if not names or not set(names) <= set(VIEWS) or len(set(names)) < len(names):
-        raise UserError(f"The views of unlabeled images are {list(names)}; expected one or more of {list(VIEWS)}.")
-    return tuple(name for name in VIEWS if name in names)
+    known = (*VIEWS, PSEUDO_LABELS)
+    if not set(names) & set(VIEWS) or not set(names) <= set(known) or len(set(names)) < len(names):
+        raise UserError(
+            f"The views of unlabeled images are {list(names)}; expected one or more of {list(VIEWS)}, and maybe "
+            f"{PSEUDO_LABELS!r} besides."
+        )
+    return tuple(name for name in known if name in names)
 
 
 class Views(BasicTransform):
@@ -38,7 +44,8 @@ class Views(BasicTransform):
 
     Args:
         transforms: As nnUNetTrainer.get_training_transforms makes them; None for none.
-        names: The wanted views, of ``VIEWS``.
+        names: The wanted views, of ``VIEWS``; with pseudo-labels, which are the last channel of the segmentation, these
+            are moved as the views are.
 
     Raises:
         UserError: For other names, and for transforms that cannot be drawn once.
@@ -46,7 +53,9 @@ class Views(BasicTransform):
 
     def __init__(self, transforms: BasicTransform | None, names: Sequence[str]) -> None:
         super().__init__()
-        self.names = check_views(names)
+        names = check_views(names)
+        self.names = tuple(name for name in names if name in VIEWS)
+        self._with_labels = PSEUDO_LABELS in names
         steps = _steps(transforms)
         own = [_changes_intensities(step) for step in steps]
         first = own.index(True) if True in own else len(steps)
@@ -59,10 +68,11 @@ class Views(BasicTransform):
                 )
 
     def __call__(self, **data: Any) -> dict[str, Tensor]:
-        """The views by name, each (C, *S).
+        """The views by name, each (C, *S); pseudo-labels (1, *S).
 
         Args:
-            data: ``image`` (C, *S) and, where a transform asks for one, ``segmentation`` (K, *S).
+            data: ``image`` (C, *S) and, where a transform asks for one or there are pseudo-labels, ``segmentation``
+                (K, *S).
         """
         for step in self._before:
             data = step(**data)
@@ -74,7 +84,8 @@ class Views(BasicTransform):
             else:
                 parameters = step.get_parameters(**views[first])
                 views = {name: step.apply(view, **parameters) for name, view in views.items()}
-        return {name: view["image"] for name, view in views.items()}
+        images: dict[str, Tensor] = {name: view["image"] for name, view in views.items()}
+        return images | ({PSEUDO_LABELS: views[first]["segmentation"][-1:]} if self._with_labels else {})
 
 
 def _steps(transforms: BasicTransform | None) -> list[BasicTransform]:

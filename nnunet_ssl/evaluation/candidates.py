@@ -259,6 +259,12 @@ def check_labeled_set(name: str, fold: str, folder: Path, record: dict[str, Any]
             f"{name}, fold {fold}, labeled cases at training", dict.fromkeys(record["labeled"]),
             f"fold {fold} of splits_final.json", dict.fromkeys(split["train"]),
         )  # fmt: skip
+        known = sorted(set(record.get("pseudo_labels_know", ())) & (set(split["val"]) - set(split["train"])))
+        if known:
+            raise UserError(
+                f"{name}, fold {fold} learned from pseudo-labels of models that knew the labels of {len(known)} "
+                f"reported cases, e.g. {known[0]}: scores on them mean nothing. Make other pseudo-labels."
+            )
         return
     # Of trainings, the oldest first: the names hold the time, without leading zeros. --val writes logs too.
     logs = sorted(folder.glob("training_log_*.txt"), key=lambda log: list(map(int, re.findall(r"\d+", log.stem))))

@@ -8,6 +8,7 @@ from nnunet_ssl.methods.fdpl import nnUNetTrainerFDPL
 from nnunet_ssl.methods.fix_match import nnUNetTrainerFixMatch
 from nnunet_ssl.methods.ict import nnUNetTrainerICT
 from nnunet_ssl.methods.mean_teacher import nnUNetTrainerMeanTeacher
+from nnunet_ssl.methods.self_training import nnUNetTrainerSelfTraining
 from nnunet_ssl.methods.semi_tc import nnUNetTrainerSemiTC, nnUNetTrainerSemiTCPlus, nnUNetTrainerSupTC
 from nnunet_ssl.methods.supervised import nnUNetTrainerSupervised
 from nnunet_ssl.methods.ua_mt import nnUNetTrainerUAMT
@@ -29,6 +30,7 @@ TRAINERS: tuple[type[SemiSupervisedTrainer], ...] = (
     nnUNetTrainerFixMatch,
     nnUNetTrainerUniMatch,
     nnUNetTrainerBCP,
+    nnUNetTrainerSelfTraining,
 )
 
 # What the folder trainers/ exports to nnU-Net: the trainers of the table and nothing else.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,3 +78,27 @@ class MaskedLoss(nn.Module):
         # The Dice loss of nothing is -1 and not 0.
         dice = self.dc(logits, wanted, loss_mask=counted) + (~counted.any()).float()
         return self.weight_ce * cross_entropy + self.weight_dice * dice
+
+
+def as_target(labels: Tensor, label_manager: LabelManager) -> Tensor:
+    """A label map as nnU-Net's losses take it.
+
+    Args:
+        labels: (B, 1, *S); no voxel is ignored.
+        label_manager: nnU-Net's.
+
+    Returns:
+        The same or, with regions, boolean channels (B, R, *S).
+    """
+    if not label_manager.has_regions:
+        return labels
+    regions = [region if isinstance(region, tuple) else (region,) for region in label_manager.foreground_regions]
+    return torch.cat([_any_of(labels, region) for region in regions], dim=1)
+
+
+def _any_of(labels: Tensor, values: tuple[int, ...]) -> Tensor:
+    # Not torch.isin: it would copy the values to the device, and the host would wait.
+    found = labels == values[0]
+    for value in values[1:]:
+        found = found | (labels == value)
+    return found

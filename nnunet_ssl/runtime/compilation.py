@@ -18,6 +18,8 @@ def compile_per_shape() -> None:
     """
     config: Any = torch._dynamo.config
     config.assume_static_by_default, config.automatic_dynamic_shapes = True, False
-    # Its name until PyTorch 2.6.
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, limit, max(getattr(config, limit), _GRAPHS))
+    if hasattr(config, "recompile_limit"):
+        config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+    else:
+        # Its name until PyTorch 2.6.
+        config.cache_size_limit = max(config.cache_size_limit, _GRAPHS)

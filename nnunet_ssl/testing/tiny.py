@@ -6,13 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.batches import Labeled, Unlabeled
-from nnunet_ssl.data.preprocessing import SETTINGS_FILE, UNLABELED_SUFFIX, preprocessing_settings
+from nnunet_ssl.data.preprocessing import (
+    SETTINGS_FILE,
+    UNLABELED_SUFFIX,
+    preprocessed_cases,
+    preprocessing_settings,
+)
+from nnunet_ssl.data.pseudo_labels import UNCERTAIN, PseudoLabels, as_stored
+from nnunet_ssl.data.views import PSEUDO_LABELS, VIEWS
 from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.nnunet.plans import merged
 from nnunet_ssl.training import Losses, Step
@@ -172,8 +181,6 @@ class TinyDataset:
             self.write_case(case, rng)
         for case in self.unlabeled:
             self._write_blosc(un / f"{case}.b2nd", rng.normal(size=(self.channels, *self.shape)).astype(np.float32))
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
         settings = preprocessing_settings(PlansManager(self.plans), self.configuration)
         (un / SETTINGS_FILE).write_text(json.dumps(settings))
         split = {"train": list(self.labeled), "val": list(self.validation), "unlabeled": list(self.hidden)}
@@ -183,8 +190,6 @@ class TinyDataset:
 
     @staticmethod
     def _write_blosc(file: Path, array: np.ndarray) -> None:
-        import blosc2
-
         blosc2.asarray(np.ascontiguousarray(array), urlpath=str(file), mode="w")
 
     def write_case(self, case: str, rng: np.random.Generator) -> None:
@@ -222,11 +227,31 @@ class TinyDataset:
             noise = rng.integers(0, self.num_labels, (1, *self.shape)).astype(np.int16)
             self._write_blosc(self.folder / f"{case}_seg.b2nd", noise)
 
-    def trainer(self, cls: type, fold: int | str = 0, **ssl: Any) -> Any:
+    def write_pseudo_labels(self, fold: int | str, name: str) -> None:
+        """Pseudo-labels of noise, partly uncertain, of all cases whose labels are hidden or unknown, where none are.
+
+        Of one unlabeled case they are not kept.
+        """
+        made = PseudoLabels.of(str(self.folder), fold, name)
+        if made.manifest_file.is_file():
+            return
+        folder = f"{self.folder}{UNLABELED_SUFFIX}"
+        cases = {**dict.fromkeys(self.hidden, self.folder), **dict.fromkeys(preprocessed_cases(folder), folder)}
+        rng = np.random.default_rng(7)
+        made.start({})
+        for case, place in cases.items():
+            shape = blosc2.open(urlpath=f"{place}/{case}.b2nd", mode="r").shape[1:]
+            stored = as_stored(rng.integers(0, self.num_labels, shape), rng.random(shape) < 0.2)
+            made.write_case(case, stored, {"kept": case != self.unlabeled[-1], "why": "made up"}, self.patch)
+        made.finish(list(cases), preprocessing_settings(PlansManager(self.plans), self.configuration), self.labeled)
+
+    def trainer(self, cls: Any, fold: int | str = 0, **ssl: Any) -> Any:
         """A trainer of this data set, with further hyper-parameters; not initialized.
 
         Hyper-parameters of other methods may be among them, so that one set serves all trainers.
         """
+        if PSEUDO_LABELS in getattr(cls, "views", ()):
+            self.write_pseudo_labels(fold, cls.Parameters().labels)
         plans = json.loads(json.dumps(self.plans))
         plans["ssl"] = merged(plans["ssl"], in_place(cls, ssl))
         plans["continue_training"] = False
@@ -253,7 +278,8 @@ class TinyDataset:
     def batches(self, trainer: Any, seed: int = 0) -> tuple[dict, dict]:
         """A labeled and an unlabeled batch of noise, as loaders give them; every view is other noise.
 
-        Where voxels are ignored, these are a quarter of every labeled example.
+        Where voxels are ignored, these are a quarter of every labeled example. Pseudo-labels are noise too, partly
+        uncertain.
         """
         rng = torch.Generator().manual_seed(seed)
         size = (self.channels, *self.patch)
@@ -265,7 +291,10 @@ class TinyDataset:
         target = self.as_target(target)
         larger = getattr(trainer, "unlabeled_patch_size", self.patch)
         unlabeled_size = (max(1, getattr(trainer, "unlabeled_batch_size", 0)), self.channels, *larger)
-        views = {name: torch.randn(unlabeled_size, generator=rng) for name in ("strong", "weak", "strong_2")}
+        views = {name: torch.randn(unlabeled_size, generator=rng) for name in VIEWS}
+        of_patch = (unlabeled_size[0], 1, *larger)
+        labels = torch.randint(-1, self.num_labels, of_patch, generator=rng, dtype=torch.int16)
+        views[PSEUDO_LABELS] = torch.where(labels < 0, UNCERTAIN, labels)
         return {"data": data, "target": target, "keys": []}, {**views, "keys": []}
 
     def as_target(self, labels: torch.Tensor) -> torch.Tensor:

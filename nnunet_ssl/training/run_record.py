@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -47,6 +47,20 @@ def note_validation(folder: str, checkpoint: str | None) -> None:
     file = os.path.join(folder, RECORD_FILE)
     if os.path.isfile(file):
         _write(file, {**load_json(file), "validated_with": checkpoint})
+
+
+def note_costs(folder: str, epoch_seconds: Sequence[float], memory: float | None) -> None:
+    """Add what a training has taken.
+
+    Args:
+        folder: nnU-Net's output folder of the fold.
+        epoch_seconds: Of every epoch, validation batches and checkpoints included.
+        memory: The most that was in use, in MiB; None where it is not known.
+    """
+    file = os.path.join(folder, RECORD_FILE)
+    if os.path.isfile(file):
+        costs = {"seconds": round(sum(epoch_seconds), 1), "peak_memory_mib": memory}
+        _write(file, {**load_json(file), "costs": costs})
 
 
 def _write(file: str, record: Mapping[str, Any]) -> None:

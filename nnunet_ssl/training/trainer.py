@@ -22,13 +22,14 @@ from nnunet_ssl.nnunet.loss import with_ignored_voxels
 from nnunet_ssl.nnunet.trainers_folder import check_found_through_trainers_folder
 from nnunet_ssl.runtime.compilation import compile_per_shape
 from nnunet_ssl.runtime.distributed import mean_over_ranks
+from nnunet_ssl.runtime.memory import peak_memory
 from nnunet_ssl.training.checkpoint import COMPANIONS, random_state, read_state, restore_random_state, write_checkpoint
 from nnunet_ssl.training.hyperparameters import MethodParameters
 from nnunet_ssl.training.learned import LearnedStructures, names_of_channels
 from nnunet_ssl.training.logger import TermLogger
 from nnunet_ssl.training.method import Method
 from nnunet_ssl.training.monitor import STABILITY, Monitor, View, picture_file
-from nnunet_ssl.training.run_record import note_validation, write_record
+from nnunet_ssl.training.run_record import note_costs, note_validation, write_record
 from nnunet_ssl.training.schedules import LR_FACTOR, RestartingPolyLRScheduler
 from nnunet_ssl.training.step import LossTerm, finish_step
 from nnunet_ssl.training.step_guard import StepGuard
@@ -220,6 +221,10 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
         """Write checkpoint_final.pth and stop the loaders."""
         super().on_train_end()
         self._weights_file = _FINAL
+        if self.local_rank == 0:
+            log = self.logger.local_logger.my_fantastic_logging
+            times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"])
+            note_costs(self.output_folder, [end - start for start, end in times], peak_memory(self.device))
         if self.is_ddp:
             # Others may load next what the first process has just written.
             dist.barrier()

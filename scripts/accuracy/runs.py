@@ -7,6 +7,8 @@ on several devices at once.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import queue
@@ -14,10 +16,12 @@ import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from options import Split, Training, Variant
-from tables import Values, collect, overview, tables
+from tables import Costs, Values, collect, first_row, overview, summary, summary_table, tables
 
 from nnunet_ssl.data.raw_images import TEST_FOLDER, UNLABELED_FOLDER
 from nnunet_ssl.data.splits import hide_labels
@@ -268,6 +272,41 @@ class Experiment:
         if len(comparisons) > 1:
             file = self.out / "reports" / "overview.md"
             _write_and_print(file, (overview(cases, of) for cases, of in found.items() if of))
+        self._summarize(comparisons, found["validation cases"])
+
+    def _summarize(
+        self,
+        comparisons: Mapping[str, tuple[Sequence[Split], Mapping[str, Sequence[Training]]]],
+        found: Mapping[str, Values],
+    ) -> None:
+        """Write and print what every row gains and costs: summary.md, summary.csv and summary.json."""
+        records: dict[str, list[dict[str, Any]]] = {}
+        for title, (splits, trainings) in comparisons.items():
+            # All labels, with the same seed; their splits are nnU-Net's folds.
+            whole = f"all labeled{title.partition('labeled')[2]}"
+            ceiling: dict[str, np.ndarray] = {}
+            if whole in found and whole != title:
+                bases = [split.base for split in comparisons[whole][0]]
+                places = [bases.index(split.base) for split in splits]
+                ceiling = {metric: first_row(of)[places] for metric, of in found[whole].items()}
+            costs = {row: [self._costs(training) for training in of_row] for row, of_row in trainings.items()}
+            records[title] = summary(found[title], ceiling, costs)
+        text = "".join(summary_table(title, of_one) for title, of_one in records.items())
+        reports = self.out / "reports"
+        _write_and_print(reports / "summary.md", [text])
+        write_atomically(str(reports / "summary.json"), json.dumps(records, indent=1).encode())
+        flat = [{"title": title, **record} for title, of_one in records.items() for record in of_one]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [name for name in flat[0] if name != "splits"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(flat)
+        write_atomically(str(reports / "summary.csv"), table.getvalue().encode())
+
+    def _costs(self, training: Training) -> Costs:
+        record = load_json(str(self.model(training) / f"fold_{training.fold}" / RECORD_FILE))
+        costs = record.get("costs", {})
+        memory = costs.get("peak_memory_mib")
+        return Costs(costs.get("seconds", np.nan), np.nan if memory is None else memory)
 
     def _compare_validation_cases(
         self, reports: Path, splits: Sequence[Split], trainings: Mapping[str, Sequence[Training]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,6 +100,69 @@ def _in_overview(rows: Mapping[str, np.ndarray], row: str, first: str) -> str:
     return _mean_and_spread(rows[row]) + gain
 
 
+class Costs(NamedTuple):
+    """What a training took: seconds, and the most memory in MiB."""
+
+    seconds: float
+    memory: float
+
+
+def summary(
+    values: Values, ceiling: Mapping[str, np.ndarray], costs: Mapping[str, Sequence[Costs]]
+) -> list[dict[str, Any]]:
+    """What every row gains over the first one, pair by pair, by metric.
+
+    Args:
+        values: What a comparison found.
+        ceiling: By metric, of every split what the first row reaches with all labels; may be empty.
+        costs: By row, of every split.
+
+    Returns:
+        Records: metric, row, value, spread (over splits), gain, its standard error, closed_gap (the share of the
+        distance to all labels that is gained, of the means), minutes and memory_mib (means), and splits (all values).
+    """
+    records = []
+    for metric, by_row in values.items():
+        rows = _rows(by_row)
+        first = next(iter(rows.values()))
+        for row, of_splits in rows.items():
+            gain = of_splits - first
+            gap = float(np.mean(ceiling[metric] - first)) if metric in ceiling else np.nan
+            several = len(gain) > 1
+            records.append(
+                {
+                    "metric": metric,
+                    "row": row,
+                    "value": float(of_splits.mean()),
+                    "spread": float(of_splits.std(ddof=1)) if several else None,
+                    "gain": float(gain.mean()),
+                    "standard_error": float(gain.std(ddof=1) / np.sqrt(len(gain))) if several else None,
+                    "closed_gap": float(gain.mean() / gap) if gap else None,
+                    "minutes": float(np.mean([cost.seconds for cost in costs[row]])) / 60,
+                    "memory_mib": float(np.mean([cost.memory for cost in costs[row]])),
+                    "splits": of_splits.tolist(),
+                }
+            )
+    return records
+
+
+def summary_table(title: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """The records of ``summary`` as a table per metric, for people."""
+    lines = []
+    for metric in dict.fromkeys(record["metric"] for record in records):
+        lines += ["", f"{title}, {metric}", "", *_head(["mean ± sd", "gain ± se", "gap closed", "minutes", "MiB"])]
+        for record in (r for r in records if r["metric"] == metric):
+            spread = f" ± {record['spread']:.1f}" if record["spread"] is not None else ""
+            error = f" ± {record['standard_error']:.1f}" if record["standard_error"] is not None else ""
+            closed = (
+                "" if record["closed_gap"] is None or np.isnan(record["closed_gap"]) else f"{record['closed_gap']:.0%}"
+            )
+            cells = [f"{record['value']:.1f}{spread}", f"{record['gain']:+.1f}{error}", closed]
+            cells += ["" if np.isnan(record[cost]) else f"{record[cost]:.0f}" for cost in ("minutes", "memory_mib")]
+            lines.append(f"| {record['row']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _head(columns: Sequence[str]) -> list[str]:
     return [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
 
@@ -109,6 +173,11 @@ def _rows(by_row: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
     Not a number where a structure has no value in any case: a mean of the others would praise that it was not found.
     """
     return {row: np.array([np.mean(means) for means, _ in splits]) for row, splits in by_row.items() if row}
+
+
+def first_row(by_row: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+    """Of every split the mean over structures, of the row that others are compared with."""
+    return next(iter(_rows(by_row).values()))
 
 
 def _mean_and_spread(of_splits: np.ndarray) -> str:

@@ -15,6 +15,7 @@ from nnunet_ssl.methods import TRAINERS
 from nnunet_ssl.nnunet.foreign_trainers import load_trainers
 from nnunet_ssl.nnunet.trainers_folder import trainers_folder
 from nnunet_ssl.testing.tiny import make_plans
+from nnunet_ssl.training.hyperparameters import method_name
 from nnunet_ssl.training.trainer import SemiSupervisedTrainer
 
 ABSTRACT = """
@@ -215,7 +216,7 @@ def test_an_unknown_method_is_a_warning(mine, preprocessed, capsys):
     assert written["Miror"] == {"anything": [1]}
     told = capsys.readouterr().err
     assert "WARNING: no method is called Miror. Did you mean Mirror?" in told
-    assert "Known are Supervised, SupTC, SemiTC, SemiTCPlus, DualNet, FDPL, Mirror;" in told
+    assert f"Known are {', '.join(map(method_name, TRAINERS))}, Mirror;" in told
 
 
 # ---- env ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_ssl.cli import main
-from nnunet_ssl.data.splits import hide_labels, load_or_make_splits
+from nnunet_ssl.data.splits import (
+    cases_to_report,
+    hide_labels,
+    inner_folds,
+    load_or_make_splits,
+    outer_fold,
+    write_splits,
+)
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.testing.tiny import make_dataset_json
 
@@ -125,3 +132,59 @@ def test_broken_splits_file(dataset, capsys, content):
 def test_too_few_cases(tmp_path):
     with pytest.raises(UserError, match=r"has 3 labeled cases; .* need at least 5\. Train fold 'all'"):
         load_or_make_splits(str(tmp_path / "splits_final.json"), CASES[:3])
+
+
+# ---- folds inside a fold --------------------------------------------------------------------------------------------
+
+
+def with_hidden() -> list[dict]:
+    """nnU-Net's five folds, and fold 5 with 7 labeled cases of fold 0."""
+    splits = load_or_make_splits("nowhere", CASES)
+    return [*splits, hide_labels(splits, [0], [7], 0)[0].split]
+
+
+def test_inner_folds_leave_out_every_case_once_and_never_train_on_validation_cases():
+    splits = with_hidden()
+    made = inner_folds(splits, 5, CASES, 3)
+    assert [number for number, _ in made] == [6, 7, 8]
+    left_out = [set(splits[5]["train"]) - set(fold["train"]) for _, fold in made]
+    assert sorted(case for part in left_out for case in part) == splits[5]["train"]
+    assert sorted(map(len, left_out)) == [2, 2, 3]
+    for _, fold in made:
+        assert fold["val"] == sorted(splits[5]["val"])
+        assert fold["unlabeled"] == splits[5]["unlabeled"]
+        assert not set(fold["train"]) & {*fold["val"], *fold["unlabeled"]}
+        assert fold["inner_fold_of"] == 5
+
+
+def test_inner_folds_of_all_cases_validate_on_what_they_leave_out():
+    splits = with_hidden()
+    for _, fold in inner_folds(splits, "all", CASES, 4):
+        assert sorted([*fold["train"], *fold["val"]]) == sorted(CASES)
+        assert "unlabeled" not in fold
+
+
+def test_inner_folds_that_are_there_are_found_again(tmp_path):
+    splits = with_hidden()
+    made = inner_folds(splits, 5, CASES, 3)
+    file = tmp_path / "splits_final.json"
+    write_splits(str(file), [*splits, made[0][1], made[2][1]])
+    again = inner_folds(json.loads(file.read_text()), 5, CASES, 3)
+    assert [number for number, _ in again] == [6, 8, 7]
+    assert [fold for _, fold in again] == [fold for _, fold in made]
+    assert [outer_fold(file, fold) for fold in ("all", 0, 5, 6, "7", 99)] == ["all", 0, 5, 5, 5, 99]
+    assert cases_to_report(file, 7) == splits[5]["val"]
+    assert cases_to_report(file, "all") == []
+
+
+def test_inner_folds_of_a_fold_that_is_not_there():
+    with pytest.raises(UserError, match="There is no fold 9; the file has the folds 0 to 5"):
+        inner_folds(with_hidden(), 9, CASES, 3)
+
+
+def test_split_draws_from_no_inner_fold(dataset):
+    splits = [{"train": CASES[:10], "val": CASES[10:]}]
+    made = inner_folds(splits, 0, CASES, 2)
+    dataset.write_text(json.dumps([*splits, *(fold for _, fold in made)]))
+    assert split("--labeled", "4") == 0
+    assert len(json.loads(dataset.read_text())) == 4

@@ -84,6 +84,16 @@ def test_other_labeled_cases_are_refused_and_named(results, capsys):
     assert "labeled cases at training lacks 1 cases" in refused(results, capsys)
 
 
+def test_pseudo_labels_that_know_reported_labels_are_refused(results, capsys):
+    file = results.folder("nnUNetTrainerSemiTC", 1) / "nnunet_ssl.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"pseudo_labels_know": ["t0", "a"]}))
+    assert compare(results) == 0
+    file.write_text(json.dumps(record | {"pseudo_labels_know": ["t0", "a", "d"]}))
+    assert compare(results) == 2
+    assert "that knew the labels of 1 reported cases, e.g. d: scores on them mean nothing" in capsys.readouterr().err
+
+
 def test_another_number_of_labels_in_nnunets_log_is_refused(results, capsys):
     folder = results.folder("nnUNetTrainer", 0)
     # An older training, and a later validation alone, say nothing of the last training.

@@ -183,7 +183,7 @@ def test_every_trainer_trains_with_plans_in_nnunets_former_format(tiny, trainer_
     trainer = tiny.trainer(trainer_class, num_epochs=2, num_iterations_per_epoch=1, supervised_fraction=0.5)
     trainer.run_training()
     assert trainer.network.encoder.output_channels == [4, 8, 8, 8]
-    assert len(trainer.predictors) == 1 + len(trainer.companions)
+    assert len(trainer.predictors) == 1 + sum(companion.predicts for companion in trainer.companions.values())
 
 
 def test_a_configuration_that_inherits_from_itself():

@@ -61,7 +61,7 @@ def train_whole(tiny: TinyDataset, cls: type, rank: int) -> dict[str, Any]:
         raise AssertionError("a second process writes")
 
     if rank == 1:
-        for name in ("write_checkpoint", "write_record", "note_validation", "Monitor"):
+        for name in ("write_checkpoint", "write_record", "note_validation", "note_costs", "Monitor"):
             setattr(module, name, refuse)
         nnunet_ssl.training.monitor._draw = refuse
         TermLogger.plot_progress_png = refuse

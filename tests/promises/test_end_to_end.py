@@ -63,6 +63,10 @@ def test_training_leaves_what_nnunet_users_expect(day_2d):
 def test_the_other_trainers_and_pretrained_weights(day_2d, trainer):
     weights = str(model(day_2d, "nnUNetTrainerSemiTC") / "checkpoint_final.pth")
     train = ("nnUNetv2_train", "901", "2d", "5", "-p", "Quick", "-tr", trainer, "-device", "cpu")
+    if trainer == "nnUNetTrainerSelfTraining":
+        words = ("-d", "901", "-c", "2d", "-p", "Quick", "-f", "5", "-tr", "nnUNetTrainerSemiTC", "-device", "cpu")
+        said = day_2d.run("nnunet-ssl", "pseudo-label", *words, "--agreement-from", "0", "--certain-from", "0")
+        assert "9 cases labeled by 1 networks" in said
     day_2d.run(*train, "-pretrained_weights", weights)
     assert (model(day_2d, trainer) / "checkpoint_final.pth").is_file()
     if trainer == "nnUNetTrainerSemiTCPlus":

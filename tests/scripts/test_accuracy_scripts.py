@@ -93,7 +93,12 @@ def test_smoke(tmp_path, executables, script, dims, rows):
     if test:
         assert "2 labeled, test cases, Dice in percent" in printed
     (written,) = (tmp_path / "out" / "reports").rglob("tables.md")
-    assert printed.endswith(written.read_text())
+    told = written.read_text() + (tmp_path / "out" / "reports" / "summary.md").read_text()
+    assert printed.endswith(told)
+    (records,) = json.loads((tmp_path / "out" / "reports" / "summary.json").read_text()).values()
+    assert [record["row"] for record in records] == 3 * rows
+    assert all(record["minutes"] > 0 and record["memory_mib"] > 50 for record in records)
+    assert len((tmp_path / "out" / "reports" / "summary.csv").read_text().splitlines()) == 1 + len(records)
     reports = list((tmp_path / "out" / "reports").rglob("report.html"))
     assert len(reports) == (2 if test else 1)
 
@@ -118,7 +123,7 @@ def test_smoke(tmp_path, executables, script, dims, rows):
     again = run(python, script, *words)
     assert "nnUNetv2_train" not in again
     assert again.count("$ nnUNetv2_predict") == len(unfinished) == bool(test)
-    assert again.endswith(written.read_text())
+    assert again.endswith(told)
     assert again[again.index("\n2 labeled, validation") :].count("|") > 20
     assert trained == {p: p.stat().st_mtime_ns for p in trained}
     for other, message in (
@@ -236,3 +241,29 @@ def test_the_overview_has_a_column_per_comparison(tables, tmp_path):
     assert "\nTest cases, Dice in percent\n\n| | 5 labeled | all labeled |\n|---|---|---|\n" in text
     assert "\n| first | 60.0 ± 14.1 | 60.0 ± 14.1 |\n| second | 65.0 ± 14.1 (+5.0) |  |\n" in text
     assert "\n| second | 2.0 ± 1.4 (-1.0) |  |\n" in text
+
+
+def test_the_summary_pairs_splits_and_measures_the_gap_to_all_labels(tables, tmp_path):
+    values = made_up(tmp_path, tables)
+    dice = {metric: by_row for metric, by_row in values.items() if metric.startswith("Dice")}
+    (metric,) = dice
+    costs = {row: [tables.Costs(60.0, 100.0), tables.Costs(120.0, np.nan)] for row in ("first", "second")}
+    # Splits: 70 and 50 beside 75 and 55; all labels reach 80 and 65 there.
+    first, second = tables.summary(dice, {metric: np.array([80.0, 65.0])}, costs)
+    assert second["gain"] == pytest.approx(5.0)
+    assert second["standard_error"] == pytest.approx(0.0)
+    assert second["closed_gap"] == pytest.approx(5.0 / 12.5)
+    assert second["minutes"] == 1.5
+    assert first["gain"] == first["closed_gap"] == 0.0
+    text = tables.summary_table("5 labeled", [first, second])
+    assert (
+        "| first | 60.0 ± 14.1 | +0.0 ± 0.0 | 0% | 2 |  |\n| second | 65.0 ± 14.1 | +5.0 ± 0.0 | 40% | 2 |  |\n" in text
+    )
+    # Distances fall where a row gains.
+    distance = {metric: by_row for metric, by_row in values.items() if metric.startswith("HD95")}
+    (metric,) = distance
+    _, second = tables.summary(distance, {metric: np.array([1.5, 0.5])}, costs)
+    gains = np.array([1.0 - 3.5, 3.0 - 2.5])
+    assert second["closed_gap"] == pytest.approx(gains.mean() / (1.0 - 3.0))
+    assert second["standard_error"] == pytest.approx(gains.std(ddof=1) / 2**0.5)
+    assert tables.summary(distance, {}, costs)[1]["closed_gap"] != 0
