@@ -17,8 +17,8 @@ from nnunet_ssl.training.hyperparameters import SHARED
 from nnunet_ssl.training.method import NETWORK, SUPERVISED, Losses
 
 GRADIENTS, SIGNAL = "gradients", "signal"
-# Times what an untrained network says: of three classes it is then sure of about half of the voxels.
-_SURER = 10.0
+# Times what an untrained network says: of three classes it is then sure of a part of the voxels.
+_SURER = 5.0
 
 
 def terms_train_their_networks(
