@@ -8,8 +8,8 @@ step, each structure by as much as the other knows it better, where the paper ha
 a reliable voxel is one where both networks are sure; true labels form prototypes too; the paper names no weights but
 the contrastive one, here all are 1 but that, with a common ramp; teachers see unlabeled images before nnU-Net's changes
 of intensity, which the paper does not make (weak and strong views as in FixMatch, Sohn et al. 2020); a first quarter of
-the epochs is spent on labels alone (tuned, docs/results.md), and all terms but the supervised wait until every
-structure is learned. On several devices, entropies are compared and prototypes made on each for itself.
+the epochs is spent on labels alone (tuned, docs/results.md), and all terms but the supervised wait for each structure
+until it is learned. On several devices, entropies are compared and prototypes made on each for itself.
 """
 
 from __future__ import annotations

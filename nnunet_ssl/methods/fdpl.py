@@ -11,7 +11,7 @@ unlabeled image per batch is mixed with a labeled one, whose labels then count i
 neither weight, ramp nor shift: weights of 0.2 with a Gaussian ramp (tuned, docs/tuning.md), an eighth of the side. The
 networks label images before nnU-Net's changes of intensity, which the paper does not make (weak and strong views as in
 FixMatch, Sohn et al. 2020). A first quarter of the epochs, on labels alone, goes before (tuned as well), and
-pseudo-labels count once every structure is learned.
+each structure counts in pseudo-labels once it is learned.
 """
 
 from __future__ import annotations

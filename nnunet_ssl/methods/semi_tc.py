@@ -12,7 +12,7 @@ by splines; predictions linearly, not by nearest neighbor (an option). Consisten
 predictions: the paper's soft IoU (an option) is 0 only where they are sure too, and pushes what is likely beside what
 is found. Voxels whose counterpart lies outside the patch do not count, nor does a structure that neither branch finds
 in an image: the paper's images show all structures, patches do not. Both stages of the paper's schedule run in one
-training; the consistency term waits until every structure is learned.
+training; the consistency term waits for each structure until it is learned.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from nnunet_ssl.methods import nnUNetTrainerCPS, nnUNetTrainerFixMatch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "speed" / "step.py"
 PARTS = {
@@ -46,3 +49,12 @@ def test_plans_are_measured_with_the_labels_of_their_data_set(monkeypatch, tmp_p
     (tmp_path / "plans.json").write_text(json.dumps(plans))
     (tmp_path / "dataset.json").write_text(json.dumps(description))
     assert case_of_plans(tmp_path / "plans.json", "2d").num_labels == 4
+
+
+def test_maps_are_counted_per_image(monkeypatch, tmp_path):
+    """A network alone keeps what nnU-Net's loss of it does; twice as many passes keep twice as much."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    kept_maps = importlib.import_module("maps").kept_maps
+    one, two = (kept_maps(cls, tmp_path / cls.__name__) for cls in (nnUNetTrainerFixMatch, nnUNetTrainerCPS))
+    assert 8 < one < 16
+    assert two == pytest.approx(2 * one, rel=0.1)
