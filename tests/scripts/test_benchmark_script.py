@@ -55,6 +55,12 @@ def test_maps_are_counted_per_image(monkeypatch, tmp_path):
     """A network alone keeps what nnU-Net's loss of it does; twice as many passes keep twice as much."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     kept_maps = importlib.import_module("maps").kept_maps
-    one, two = (kept_maps(cls, tmp_path / cls.__name__) for cls in (nnUNetTrainerFixMatch, nnUNetTrainerCPS))
+    found = []
+    for cls in (nnUNetTrainerFixMatch, nnUNetTrainerCPS):
+        root = tmp_path / cls.__name__
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            monkeypatch.setenv(name, str(root / name))
+        found.append(kept_maps(cls, root))
+    one, two = found
     assert 8 < one < 16
     assert two == pytest.approx(2 * one, rel=0.1)
