@@ -4,9 +4,9 @@ Yang, Zhuo, Qi, Shi, Gao: "ST++: Make self-training work better for semi-supervi
 Xie, Luong, Hovy, Le: "Self-training with noisy student improves ImageNet classification", CVPR 2020; Huang et al.:
 "Revisiting nnU-Net for iterative pseudo labeling and efficient sliding window inference", FLARE 2022.
 
-Departures: nnU-Net's augmentation on labels and pseudo-labels alike; cases are chosen by the agreement of networks and
-by the change between rounds, not by earlier checkpoints; uncertain voxels and structures count as ignored; labels fill
-their part of every batch instead of being repeated.
+Departures: nnU-Net's augmentation, and further changes of intensity on pseudo-labeled images alone; cases are chosen by
+the agreement of networks and by the change between rounds, not by earlier checkpoints; uncertain voxels and structures
+count as ignored; labels fill their part of every batch instead of being repeated.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet.loss import as_target
 from nnunet_ssl.training import Labeled, Losses, MethodParameters, Outputs, SemiSupervisedTrainer, Unlabeled
 from nnunet_ssl.training.hyperparameters import other_default, parameter
+from nnunet_ssl.transforms.intensity import strong_intensities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,9 @@ class SelfTrainingParameters(MethodParameters):
 
     learned_dice: float = other_default("learned_dice", 0.0)
     pseudo_label_weight: float = parameter(1.0, "weight of the loss against pseudo-labels", minimum=0.0)
+    strength: float = parameter(
+        1.0, "of further changes of intensity on pseudo-labeled images", minimum=0.0, maximum=2.0
+    )
     labels: str = parameter("round_1", "which pseudo-labels, by the name that nnunet-ssl pseudo-label gave them")
 
 
@@ -71,4 +75,6 @@ class nnUNetTrainerSelfTraining(SemiSupervisedTrainer[SelfTrainingParameters]):
         certain = unlabeled.pseudo_labels != UNCERTAIN
         self.note("certain", certain.float().mean())
         labels = as_target(torch.where(certain, unlabeled.pseudo_labels, 0), self.label_manager)
-        return {"pseudo_label": self.pseudo_label_loss(self.network(unlabeled.strong), labels, certain)}
+        channels = self.num_image_channels
+        images = strong_intensities(unlabeled.strong, self.hp.strength, self.generator, num_channels=channels)
+        return {"pseudo_label": self.pseudo_label_loss(self.network(images), labels, certain)}

@@ -72,7 +72,7 @@ def test_the_share_of_voxels_that_count_is_told(tiny):
 def test_true_labels_as_pseudo_labels_are_learned_like_labels(tmp_path):
     """The same images, target and network: the same loss."""
     with Bench(tmp_path).data() as tiny:
-        trainer = tiny.initialized(nnUNetTrainerSelfTraining)
+        trainer = tiny.initialized(nnUNetTrainerSelfTraining, strength=0.0)
     labeled, unlabeled = tiny.batches(trainer)
     size = min(len(labeled["data"]), len(unlabeled["strong"]))
     labeled = {name: labeled[name][:size] for name in ("data", "target", "keys")}
@@ -93,3 +93,16 @@ def test_pseudo_labels_of_a_name_are_those_of_the_hyper_parameter(tiny):
     trainer.on_train_start()
     assert [case.identifier for case in trainer.unlabeled_cases] == ["un_2"]
     assert trainer.record()["pseudo_labels_know"] == sorted(tiny.labeled)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_pseudo_labeled_images_alone_are_changed_further(tmp_path, strength):
+    with Bench(tmp_path / "bench").data() as tiny:
+        trainer = tiny.initialized(nnUNetTrainerSelfTraining, strength=strength)
+    labeled, unlabeled = tiny.batches(trainer)
+    feed(trainer, unlabeled)
+    seen = []
+    trainer.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    trainer.step(*trainer.batches(labeled))
+    assert torch.equal(seen[0], labeled["data"])
+    assert torch.equal(seen[1], unlabeled["strong"]) == (strength == 0.0)

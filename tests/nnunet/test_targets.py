@@ -13,10 +13,10 @@ from nnunet_ssl.testing.bench import Bench
 from nnunet_ssl.testing.tiny import SCENARIOS, TinyDataset
 
 
-def made(bench: Bench, scenario: str, cls: type = nnUNetTrainerSupervised):
+def made(bench: Bench, scenario: str, cls: type = nnUNetTrainerSupervised, **settings):
     """A data set and its trainer."""
     with bench.data("2d", scenario) as tiny:
-        return tiny, tiny.initialized(cls)
+        return tiny, tiny.initialized(cls, **settings)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_label_map_becomes_what_nnunets_loader_makes_of_it(bench, scenario):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_uncertain_voxels_have_no_gradient_and_change_nothing(bench, scenario, everywhere):
     """Exactly none, at full resolution and below; whatever the network says there, the loss is the same."""
-    tiny, trainer = made(bench, scenario, nnUNetTrainerSelfTraining)
+    tiny, trainer = made(bench, scenario, nnUNetTrainerSelfTraining, strength=0.0)
     outputs = logits_of(trainer)
     labels = labels_of(tiny, UNCERTAIN)
     labels[...] = UNCERTAIN if everywhere else labels
