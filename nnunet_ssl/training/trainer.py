@@ -221,7 +221,8 @@ class SemiSupervisedTrainer(Method[P], TwoLoaderTrainer, Generic[P]):
         """Write checkpoint_final.pth and stop the loaders."""
         super().on_train_end()
         self._weights_file = _FINAL
-        if self.local_rank == 0:
+        # A finished training that is started again takes no step.
+        if self.local_rank == 0 and self._iterations_done_in_epoch:
             log = self.logger.local_logger.my_fantastic_logging
             times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"])
             note_costs(self.output_folder, [end - start for start, end in times], peak_memory(self.device))

@@ -12,6 +12,7 @@ import torch
 
 from nnunet_ssl.blocks.networks import bare
 from nnunet_ssl.data.batches import Labeled, Unlabeled
+from nnunet_ssl.data.views import PSEUDO_LABELS
 from nnunet_ssl.training.checkpoint import random_state, restore_random_state
 
 
@@ -46,7 +47,9 @@ def _step(trainer: Any) -> None:
     if with_unlabeled:
         keys = [""] * trainer.unlabeled_batch_size
         noise = _noise(trainer, len(keys), trainer.unlabeled_patch_size)
-        unlabeled = Unlabeled(keys, {name: noise for name in trainer.wanted_views()})
+        labels = torch.zeros_like(noise[:, :1], dtype=torch.int16)
+        views = {name: labels if name == PSEUDO_LABELS else noise for name in trainer.wanted_views()}
+        unlabeled = Unlabeled(keys, views)
     with trainer.autocast():
         losses = trainer.step(_labeled(trainer, size), unlabeled).losses
     sum(losses.values()).backward()  # type: ignore[union-attr]

@@ -129,7 +129,7 @@ def test_the_trained_weights_can_be_exported(tiny):
     after = watched(trainer)
     train(trainer)
     model = Path(trainer.output_folder_base)
-    made = export_network(model, [str(trainer.fold)], "checkpoint_final.pth", "unaveraged")
+    made = export_network(model, [str(trainer.fold)], "checkpoint_final.pth", "unaveraged").folder
     exported = torch.load(made / f"fold_{trainer.fold}" / "checkpoint_final.pth", weights_only=False)
     assert_equal_weights(exported["network_weights"], after[-1])
 
