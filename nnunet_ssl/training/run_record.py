@@ -30,11 +30,15 @@ def write_record(
         say: Takes a warning.
     """
     file = os.path.join(folder, RECORD_FILE)
+    costs = {}
     if goes_on and os.path.isfile(file):
-        for change in _changes(load_json(file), record):
+        before = load_json(file)
+        # Of a training that had ended, and takes no further step.
+        costs = {"costs": before["costs"]} if "costs" in before else {}
+        for change in _changes(before, record):
             say(f"WARNING: this training goes on with {change}")
     versions = {"nnunet_ssl": __version__, "nnunetv2": version("nnunetv2"), "torch": torch.__version__}
-    _write(file, {**record, "versions": versions})
+    _write(file, {**record, "versions": versions, **costs})
 
 
 def note_validation(folder: str, checkpoint: str | None) -> None:
