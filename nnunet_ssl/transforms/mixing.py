@@ -137,13 +137,8 @@ def cutmix_boxes(
     # be divided.
     exponents = torch.stack([-torch.log1p(-n) * (side > 1) for n, side in zip(numbers[0].T, spatial_shape)], dim=1)
     exponents = exponents / exponents.sum(1, keepdim=True).clamp_min(1e-9)
-    boxes = torch.ones((batch_size, 1, *spatial_shape), dtype=torch.bool, device=source)
-    for axis, side in enumerate(spatial_shape):
-        length = (side * share ** exponents[:, axis]).round().clamp(1, side)
-        start = (numbers[1, :, axis] * (side - length + 1)).floor()
-        place = torch.arange(side, device=source)
-        within = (place >= start[:, None]) & (place < (start + length)[:, None])
-        boxes &= within.view(batch_size, 1, *[side if a == axis else 1 for a in range(dims)])
+    lengths = [side * share ** exponents[:, axis] for axis, side in enumerate(spatial_shape)]
+    boxes = _boxes(spatial_shape, lengths, numbers[1])
     return boxes if device is None else boxes.to(device)
 
 
@@ -172,14 +167,27 @@ def boxes_of_side(
     dims = len(spatial_shape)
     source = device if generator is None else generator.device
     places = torch.rand((batch_size, dims), generator=generator, device=source)
-    boxes = torch.ones((batch_size, 1, *spatial_shape), dtype=torch.bool, device=source)
-    for axis, whole in enumerate(spatial_shape):
-        length = min(max(round(side * whole), 1), whole)
-        start = (places[:, axis, None] * (whole - length + 1)).floor()
-        place = torch.arange(whole, device=source)
-        within = (place >= start) & (place < start + length)
-        boxes &= within.view(batch_size, 1, *[whole if a == axis else 1 for a in range(dims)])
+    boxes = _boxes(spatial_shape, [torch.full_like(places[:, 0], side * whole) for whole in spatial_shape], places)
     return boxes if device is None else boxes.to(device)
+
+
+def _boxes(spatial_shape: Sequence[int], lengths: Sequence[Tensor], places: Tensor) -> Tensor:
+    """Boxes (B, 1, *S), on the device of ``places``.
+
+    Args:
+        spatial_shape: S, in voxels.
+        lengths: Along each axis (B,), in voxels, not yet rounded.
+        places: (B, D) in [0, 1): how far along the room that an axis leaves.
+    """
+    dims = len(spatial_shape)
+    boxes = torch.ones((len(places), 1, *spatial_shape), dtype=torch.bool, device=places.device)
+    for axis, (side, wanted) in enumerate(zip(spatial_shape, lengths)):
+        length = wanted.round().clamp(1, side)
+        start = (places[:, axis] * (side - length + 1)).floor()
+        place = torch.arange(side, device=places.device)
+        within = (place >= start[:, None]) & (place < (start + length)[:, None])
+        boxes &= within.view(len(places), 1, *[side if a == axis else 1 for a in range(dims)])
+    return boxes
 
 
 def draw_beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
