@@ -8,11 +8,11 @@ paper's loss is an option). The transform is a rotation and a change of size wit
 small patches, and in 3D, a field that cannot fold moves voxels by a fraction of one (rotation and scaling 0 leave the
 field alone). The field is declared relative to the patch, the same for all axes, and made so that it cannot fold. A
 transform is the identity in 20 %, not 50 % of draws: pairs of two teach nothing. Images are interpolated linearly, not
-by splines; predictions linearly, not by nearest neighbor (an option). Consistency is a Tanimoto distance, 0 for equal
-predictions: the paper's soft IoU (an option) is 0 only where they are sure too, and pushes what is likely beside what
-is found. Voxels whose counterpart lies outside the patch do not count, nor does a structure that neither branch finds
-in an image: the paper's images show all structures, patches do not. Both stages of the paper's schedule run in one
-training; the consistency term waits for each structure until it is learned.
+by splines; predictions linearly, not by nearest neighbor (an option). The paper's soft IoU is 0 only where predictions
+are equal and sure: most of it is entropy. A Tanimoto distance, 0 for all equal ones, is an option; it gave up small
+structures where both were tried (docs/tuning.md). Voxels whose counterpart lies outside the patch do not count, nor
+does a structure that neither branch finds in an image: the paper's images show all structures, patches do not. Both
+stages of the paper's schedule run in one training; the consistency term waits for each structure until it is learned.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SemiTCParameters(MethodParameters):
         0.2, "how often a transform is the identity, per example and branch", minimum=0.0, maximum=1.0
     )
     consistency_loss: str = parameter(
-        "tanimoto", "tanimoto: 0 for equal predictions; soft_iou: the paper's", choices=("tanimoto", "soft_iou")
+        "soft_iou", "soft_iou: the paper's; tanimoto: 0 for equal predictions", choices=("soft_iou", "tanimoto")
     )
     interpolation: str = parameter(
         "linear", "how predictions are aligned; nearest is the paper's layer", choices=("linear", "nearest")
@@ -149,7 +149,7 @@ class nnUNetTrainerSupTC(SemiSupervisedTrainer[SemiTCParameters]):
         alignment, compared = self.transforms.align(t1, t2)
         aligned = warp(p1, alignment, cast(Interpolation, self.hp.interpolation))
         found = found_classes(aligned, regions, compared) | found_classes(p2, regions, compared)
-        loss = tanimoto_loss if self.hp.consistency_loss == "tanimoto" else soft_iou_loss
+        loss = soft_iou_loss if self.hp.consistency_loss == "soft_iou" else tanimoto_loss
         return loss(aligned, p2, compared, found)
 
     def _build_loss(self) -> torch.nn.Module:

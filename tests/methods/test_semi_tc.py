@@ -106,7 +106,7 @@ def test_terms_are_the_papers_formula(tiny, monkeypatch):
     keep = (compared & inside_mask(voxel_by_voxel)).expand_as(alignment)
     assert (alignment - voxel_by_voxel)[keep].abs().max() < 0.05
     assert not compared[~inside_mask(u2)].any()
-    expected = tanimoto_loss(warp(predictions[0], alignment), predictions[1], compared)
+    expected = soft_iou_loss(warp(predictions[0], alignment), predictions[1], compared)
     assert terms["consistency"].item() == pytest.approx(expected.item(), abs=1e-5)
     assert trainer.weight("consistency") == 1.0
 
